@@ -1,0 +1,47 @@
+"""Starts and ends the Ray session in which a run's stages execute."""
+
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Ray's own switches; set before Ray is imported, kept where the user has set them.
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "1",
+}
+# Two logical CPUs at least, so that a pool of workers never takes every CPU from the tasks that feed it.
+MIN_CPUS = 2
+
+
+@contextmanager
+def session(*, verbose: bool = False) -> Iterator[None]:
+    """A private Ray cluster on this machine, ended with the block; joins the caller's session where one is running.
+
+    Ray's ports are guarded by a token that lives in this process's environment only.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    # "local": a plain ray.init() would join whatever cluster happens to run on this machine
+    ray.init(
+        address="local",
+        num_cpus=max(MIN_CPUS, os.cpu_count() or 1),
+        include_dashboard=False,
+        log_to_driver=verbose,
+        logging_level=logging.INFO if verbose else logging.ERROR,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()

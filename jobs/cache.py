@@ -1,0 +1,187 @@
+"""Stage ``cache``: Ray Data runs the teacher once over all samples and leaves committed ``targets`` shards.
+
+One row of the dataset is one shard: its descriptor goes in, a CPU task adds the decoded images, and one call of a
+teacher actor computes and commits it. Nothing is remembered outside the store: a rerun does what is missing there.
+"""
+
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from cluster.placement import check_fits
+from cluster.session import session
+from jobs.progress import Progress
+from jobs.stages import open_store, resolved, tapped_layers, teacher_digests, teacher_path
+from pipeline.capture import PreparedSample, Teacher
+from pipeline.data.collate import pixel_values
+from pipeline.data.samples import decode_samples
+from pipeline.models import load_processor
+from pipeline.shards import column_bytes, fold_manifest, read_manifest, read_shard, uncommitted, write_shard
+from pipeline.stage import Stage, require
+from pipeline.store import Store
+from schemas.artifacts import ArtifactRef
+from schemas.config import CacheConfig, Device, RunConfig, WorkerPlacement
+from schemas.tables import SAMPLES, targets_table
+
+# CPUs of one decoding task; not the teacher's, or Ray would fuse the two operators.
+DECODE_CPUS = 0.25
+# A cluster on which nothing at all moves for this long is stuck; a shard of a large teacher takes minutes.
+NO_PROGRESS_SECONDS = 1800.0
+
+
+@dataclass(frozen=True)
+class CacheJob:
+    """What the workers of one cache stage need; plain values, so that it travels."""
+
+    store: str
+    samples: ArtifactRef
+    targets: ArtifactRef
+    teacher: str
+    config: CacheConfig
+    tapped: tuple[int, ...]
+    fingerprint: str
+    device: Device
+    batch: int
+    threads: int
+
+
+def stage(run: RunConfig) -> Stage:
+    """The stage of this run. Identity: the targets' settings, the tapped layers and the teacher."""
+    config, tapped = run.cache, tapped_layers(run)
+    settings = {
+        "targets": config.targets.model_dump(),
+        "taps": {"layers": tapped, "fraction": config.taps.fraction},
+        "dtype": config.dtype,
+        "seed": config.seed,
+        "teacher": teacher_digests(run.teacher.path),
+    }
+
+    def work(store: Store, fingerprint: str) -> dict[str, Any]:
+        place = run.placement.cache
+        job = CacheJob(
+            store=open_store(run).url,
+            samples=run.ref("prepare"),
+            targets=run.ref("cache"),
+            teacher=teacher_path(run),
+            config=config,
+            tapped=tapped,
+            fingerprint=fingerprint,
+            device=run.placement.device,
+            batch=place.batch,
+            threads=max(1, round(place.cpus_per_worker)),
+        )
+        return _cache(store, job, place)
+
+    return Stage(run.ref("cache"), (run.ref("prepare"),), settings, work, resolved(run))
+
+
+def _cache(store: Store, job: CacheJob, place: WorkerPlacement) -> dict[str, Any]:
+    samples = read_manifest(store, job.samples)
+    todo = uncommitted(store, job.targets, len(samples.shards))
+    if todo:
+        with session():
+            check_fits("cache", place, spare_cpus=DECODE_CPUS)
+            _run_dataset(job, place, todo, sum(samples.shards[i].rows for i in todo))
+    table = targets_table(job.tapped)
+    manifest = fold_manifest(store, job.targets, table, len(samples.shards), job.fingerprint)
+    sizes = column_bytes(store, job.targets, manifest)
+    responses = require(store, job.samples).result["response_tokens"]
+    taps = sum(size for name, size in sizes.items() if name.startswith("tap_"))
+    targets = sum(sizes.values()) - taps
+    return {
+        "samples": manifest.rows,
+        "shards": len(manifest.shards),
+        "computed_shards": len(todo),
+        "response_tokens": responses,
+        "bytes": sum(s.bytes for s in manifest.shards),
+        "target_bytes": targets,
+        "tap_bytes": taps,
+        "bytes_per_response_token": round(targets / responses, 3),
+    }
+
+
+def _run_dataset(job: CacheJob, place: WorkerPlacement, todo: list[int], rows: int) -> None:
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+
+    context = DataContext.get_current()
+    context.target_max_block_size = None  # a block is a shard, whatever its size
+    context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
+    workers = min(place.workers, len(todo))
+    dataset = (
+        ray.data.from_items([{"shard": i} for i in todo], override_num_blocks=len(todo))
+        .map_batches(
+            decode_shard,
+            fn_args=(job,),
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=DECODE_CPUS,
+            zero_copy_batch=True,
+        )
+        .map_batches(
+            TeacherActor,
+            fn_constructor_args=(job,),
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=place.cpus_per_worker,
+            num_gpus=place.gpus_per_worker or None,
+            compute=ActorPoolStrategy(size=workers),
+        )
+    )
+    done = 0
+    with Progress("cache", rows, "samples") as progress:
+        progress.update(0)
+        for committed in dataset.iter_rows():
+            done += committed["rows"]
+            progress.update(done)
+
+
+@lru_cache(maxsize=1)
+def _processor(path: str) -> Any:
+    return load_processor(path)
+
+
+def decode_shard(row: pa.Table, job: CacheJob) -> pa.Table:
+    """Adds a shard's pixel values: ``pixels`` float32 bytes of shape ``shape`` (images first)."""
+    index = row["shard"][0].as_py()
+    samples = _read_samples(job, index)
+    pixels = pixel_values(_processor(job.teacher), [s.image for s in samples])
+    array = np.zeros((0,), np.float32) if pixels is None else pixels.numpy()
+    return pa.table(
+        {
+            "shard": [index],
+            "pixels": pa.array([array.tobytes()], pa.large_binary()),
+            "shape": pa.array([list(array.shape)], pa.list_(pa.int64())),
+        }
+    )
+
+
+def _read_samples(job: CacheJob, index: int) -> list[Any]:
+    store = Store(job.store)
+    info = read_manifest(store, job.samples).shards[index]
+    return decode_samples(read_shard(store, job.samples, SAMPLES, info))
+
+
+class TeacherActor:
+    """One teacher of the pool: computes and commits the shards that it is handed."""
+
+    def __init__(self, job: CacheJob) -> None:
+        torch.set_num_threads(job.threads)
+        self.job, self.store = job, Store(job.store)
+        self.teacher = Teacher(job.teacher, job.config, job.tapped, job.device, job.batch)
+
+    def __call__(self, row: pa.Table) -> pa.Table:
+        """Commits the row's shard; returns its index, rows and seconds."""
+        started, index = time.monotonic(), row["shard"][0].as_py()
+        samples = _read_samples(self.job, index)
+        pixels = np.frombuffer(row["pixels"][0].as_buffer(), np.float32).reshape(row["shape"][0].as_py())
+        images = iter(pixels)
+        prepared = [PreparedSample(s, None if s.image is None else next(images)) for s in samples]
+        columns = self.teacher.capture(prepared)
+        write_shard(self.store, self.job.targets, self.teacher.table, index, columns, self.job.fingerprint)
+        return pa.table({"shard": [index], "rows": [len(samples)], "seconds": [time.monotonic() - started]})

@@ -1,0 +1,98 @@
+"""The command line: one command a stage, and the demo. Heavy imports happen inside the commands."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from schemas.errors import DecantError
+
+if TYPE_CHECKING:
+    from schemas.config import RunConfig
+
+app = typer.Typer(
+    help="Turn a pretrained vision-language Transformer into a Mamba-2 hybrid, from a cache of its teacher.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+out = Console(highlight=False, soft_wrap=True)
+
+RunFile = Annotated[Path, typer.Argument(help="The run file (YAML); see jobs/configs/.", metavar="RUN.yaml")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override one setting, e.g. --set student.init=matvlm.", metavar="A.B=C"),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would run; write nothing.")]
+
+
+@contextmanager
+def _readable_errors() -> Iterator[None]:
+    """A user's error ends with its message and exit code 2, not with a traceback."""
+    try:
+        yield
+    except DecantError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]{type(error).__name__}[/]: ", end="")
+        print(error, file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+def _load(path: Path, overrides: list[str] | None) -> "RunConfig":
+    from schemas.runfile import load_run
+
+    return load_run(path, overrides or ())
+
+
+def _command(name: str, text: str) -> Callable[..., None]:
+    def command(run_file: RunFile, set_: Overrides = None, dry_run: DryRun = False) -> None:
+        with _readable_errors():
+            run = _load(run_file, set_)
+            from jobs.stages import preview, run_named
+
+            (preview if dry_run else run_named)(name, run, out)
+
+    command.__doc__ = text
+    return command
+
+
+STAGES = {
+    "prepare": "Tokenise conversations and pack images into the samples table.",
+    "cache": "Run the teacher once over all samples (Ray Data); write targets and taps.",
+    "distill": "Train the hybrid student from the cache alone (Ray Train).",
+    "evaluate": "Exact match and held-out KL of teacher, untrained and trained student.",
+    "export": "Write the student as one self-contained folder.",
+}
+for _name, _text in STAGES.items():
+    app.command(_name)(_command(_name, _text))
+
+
+@app.command()
+def inspect(run_file: RunFile, set_: Overrides = None, dry_run: DryRun = False) -> None:
+    """Show what is on disk of each stage of a run, with its result."""
+    with _readable_errors():
+        from jobs.inspect import show
+
+        show(_load(run_file, set_), out, details=not dry_run)
+
+
+@app.command()
+def demo(
+    run_file: Annotated[
+        Path | None, typer.Argument(help="Another run file than the shipped one.", metavar="[RUN.yaml]")
+    ] = None,
+    set_: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Run the whole path on questions about handwritten digits, and write a report."""
+    with _readable_errors():
+        from jobs.demo.run import run_demo
+
+        run_demo(run_file, set_ or [], out, dry_run=dry_run)
+
+
+if __name__ == "__main__":
+    app()

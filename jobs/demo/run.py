@@ -1,0 +1,86 @@
+"""``decant demo``: draws the scenes, runs every stage and writes the report."""
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from jobs.stages import NAMES, open_store, run_named
+from schemas.config import RunConfig
+from schemas.runfile import dump_run, load_run
+
+# Scenes a split: enough for the student to be told from the teacher, few enough for minutes on two cores.
+TRAIN_SCENES, TEST_SCENES = 3072, 900
+SEED = 0
+
+
+def run_demo(
+    run_file: Path | None,
+    overrides: list[str],
+    out: Console,
+    *,
+    train_scenes: int = TRAIN_SCENES,
+    test_scenes: int = TEST_SCENES,
+    dry_run: bool = False,
+) -> None:
+    """Runs the demo; every part that is on disk already is kept. Prints where the report is."""
+    package = resources.files("jobs")
+    run = load_run(run_file or Path(str(package / "configs" / "demo.yaml")), [*_teacher(run_file), *overrides])
+    if dry_run:
+        out.print(dump_run(run), end="", markup=False)
+        out.print(f"# would draw {train_scenes} + {test_scenes} scenes, then run: {', '.join(NAMES)}", markup=False)
+        return
+    _draw(run, train_scenes, test_scenes)
+    for name in NAMES:
+        run_named(name, run, out)
+    report, page = write_report(run)
+    _summary(report, out)
+    out.print(f"report: [bold]{page}[/] and {page.removesuffix('html')}json")
+
+
+def _teacher(run_file: Path | None) -> list[str]:
+    """The shipped run file's teacher lies beside it, wherever the package is installed."""
+    if run_file is not None:
+        return []
+    return ["teacher.path=" + json.dumps(str(resources.files("jobs") / "demo" / "teacher"))]
+
+
+def _draw(run: RunConfig, train_scenes: int, test_scenes: int) -> None:
+    from jobs.demo.data import write_split
+    from schemas.errors import StoreUnavailable
+
+    try:
+        write_split(Path(run.prepare.data), "train", train_scenes, SEED)
+        write_split(Path(run.evaluate.data), "test", test_scenes, SEED)
+    except OSError as error:
+        raise StoreUnavailable(
+            f"{Path(run.prepare.data).parent}: the demo's data cannot be written: {error.strerror or error}"
+        ) from None
+
+
+def write_report(run: RunConfig) -> tuple[dict[str, Any], str]:
+    """Writes ``report.json`` and ``report.html`` into the store; returns the figures and the page's path."""
+    from jobs.distill import CURVE
+    from pipeline.report.build import ReportSource, collect, page
+
+    store = open_store(run)
+    config = json.loads((Path(run.teacher.path) / "config.json").read_text())
+    vocabulary = config.get("text_config", config)["vocab_size"]
+    refs = {name: run.ref(name) for name in NAMES}
+    report = collect(store, ReportSource(refs, f"{run.ref('distill')}/{CURVE}", vocabulary))
+    store.write("report.json", (json.dumps(report, indent=1) + "\n").encode())
+    store.write("report.html", page(report).encode())
+    return report, store.path("report.html")
+
+
+def _summary(report: dict[str, Any], out: Console) -> None:
+    from rich.table import Table
+
+    whos = [w for w in ("teacher", "student_untrained", "student") if w in report]
+    table = Table("exact match", *whos)
+    for group in report["teacher"]["exact_match"]:
+        table.add_row(group, *(f"{100 * report[w]['exact_match'][group]['value']:.1f} %" for w in whos))
+    out.print(table)
+    out.print(f"the student keeps {100 * report['recovery']:.1f} % of the teacher's exact match")

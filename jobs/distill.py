@@ -1,0 +1,199 @@
+"""Stage ``distill``: Ray Train workers train the student from the cache alone; no teacher forward runs.
+
+The train loop is importable and knows its data by arithmetic; Ray gives the worker group, its restarts and the process
+group. Checkpoints go to the artifact's folder, so that any rerun continues from them.
+"""
+
+import json
+import tempfile
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from cluster.placement import check_fits
+from cluster.session import session
+from jobs.progress import Progress
+from jobs.stages import layer_plan, open_store, resolved, tapped_layers, teacher_digests, teacher_path
+from pipeline.models import load_processor, pick_device
+from pipeline.ops.opset import resolve
+from pipeline.stage import Stage
+from pipeline.store import Store
+from pipeline.student import build_student
+from pipeline.training.batches import CachedBatches
+from pipeline.training.loop import Saving, Training, Worker
+from schemas.config import RunConfig
+from schemas.errors import ConfigInvalid
+from schemas.layers import LayerPlan
+
+# The trained parameters, and the same before the first step.
+WEIGHTS, INITIAL, CURVE = "student.safetensors", "initial.safetensors", "curve.json"
+# A worker that dies is started again this often before the stage gives up.
+MAX_FAILURES = 3
+
+
+@dataclass(frozen=True)
+class DistillJob:
+    """What the workers of one distill stage need; plain values, so that it travels."""
+
+    run: RunConfig
+    store: str
+    teacher: str
+    plan: LayerPlan
+    tapped: tuple[int, ...]
+    needs_taps: bool
+    fingerprint: str
+
+
+def stage(run: RunConfig) -> Stage:
+    """The stage of this run. Identity: recipe, layers, initialisation, and what the inputs were made from.
+
+    Raises:
+        ConfigInvalid: the recipe needs taps of layers that the cache does not hold.
+    """
+    config, plan, tapped = run.distill, layer_plan(run), tapped_layers(run)
+    needs_taps = any(p.kind == "align" or p.weights.layer > 0 for p in config.phases)
+    lacking = sorted(set(plan.replaced) - set(tapped))
+    if needs_taps and lacking:
+        raise ConfigInvalid(
+            f"cache.taps: the recipe has a layer loss, but the cache holds no taps of layers {lacking}; "
+            "set cache.taps.fraction above 0 and cache.taps.layers to `replaced`, or the layer weights to 0"
+        )
+    for number, phase in enumerate(config.phases):
+        if phase.batch < run.placement.distill.workers:
+            raise ConfigInvalid(
+                f"distill.phases.{number}.batch: {phase.batch} is less than placement.distill.workers "
+                f"({run.placement.distill.workers}); every worker needs a row"
+            )
+    settings = {
+        **config.model_dump(mode="json", exclude={"artifact", "checkpoint_every"}),
+        "student": {"layers": plan.total, "replaced": plan.replaced, "init": run.student.init},
+        "teacher": teacher_digests(run.teacher.path),
+    }
+
+    def work(store: Store, fingerprint: str) -> dict[str, Any]:
+        job = DistillJob(run, open_store(run).url, teacher_path(run), plan, tapped, needs_taps, fingerprint)
+        return _distill(store, job)
+
+    return Stage(run.ref("distill"), (run.ref("prepare"), run.ref("cache")), settings, work, resolved(run))
+
+
+def _distill(store: Store, job: DistillJob) -> dict[str, Any]:
+    ref = job.run.ref("distill")
+    with session():
+        check_fits("distill", job.run.placement.distill)
+        _fit(job)
+    history = _read_curve(store, f"{ref}/{CURVE}")
+    return {
+        "replaced": list(job.plan.replaced),
+        "steps": sum(p.steps for p in job.run.distill.phases),
+        "workers": job.run.placement.distill.workers,
+        "last": history[-1],
+    }
+
+
+def _read_curve(store: Store, name: str) -> list[dict[str, Any]]:
+    history: list[dict[str, Any]] = json.loads(store.read(name))
+    return history
+
+
+def _fit(job: DistillJob) -> None:
+    from ray.train import FailureConfig, ScalingConfig
+    from ray.train import RunConfig as TrainRun
+    from ray.train.torch import TorchTrainer
+    from ray.util.queue import Queue
+
+    place = job.run.placement.distill
+    mailbox = Queue(actor_options={"num_cpus": 0})
+    with tempfile.TemporaryDirectory(prefix="decant-") as scratch:
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={"job": job, "mailbox": mailbox},
+            scaling_config=ScalingConfig(
+                num_workers=place.workers,
+                use_gpu=place.gpus_per_worker > 0,
+                resources_per_worker={
+                    "CPU": place.cpus_per_worker,
+                    **({"GPU": place.gpus_per_worker} if place.gpus_per_worker else {}),
+                },
+            ),
+            # Ray's own run folder holds nothing of ours: position and weights are in the artifact
+            run_config=TrainRun(
+                name="distill", storage_path=scratch, failure_config=FailureConfig(max_failures=MAX_FAILURES)
+            ),
+        )
+        viewer = threading.Thread(target=_show, args=(mailbox, job), daemon=True)
+        viewer.start()
+        try:
+            trainer.fit()
+        finally:
+            mailbox.put(None)
+            viewer.join(timeout=10)
+            mailbox.shutdown(force=True)
+
+
+def _show(mailbox: Any, job: DistillJob) -> None:
+    """Shows what rank 0 reports until the closing None."""
+    phases = job.run.distill.phases
+    before = [sum(p.steps for p in phases[:i]) for i in range(len(phases))]
+    with Progress("distill", sum(p.steps for p in phases), "steps") as progress:
+        while (entry := mailbox.get()) is not None:
+            shown = ("kl", "ce") if entry["kind"] == "distill" else ("loss",)
+            note = " ".join(f"{k} {entry[k]:.4f}" for k in shown if k in entry)
+            progress.update(before[entry["phase"]] + entry["step"], f"{entry['kind']} {note}")
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """The train loop of one Ray Train worker."""
+    import ray.train
+
+    job: DistillJob = config["job"]
+    mailbox = config["mailbox"]
+    context = ray.train.get_context()
+    torch.set_num_threads(max(1, round(job.run.placement.distill.cpus_per_worker)))
+    device = pick_device(job.run.placement.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", context.get_local_rank() % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    worker = Worker(context.get_world_rank(), context.get_world_size(), device)
+
+    def report(entry: dict[str, Any]) -> None:
+        if worker.rank == 0:
+            mailbox.put(entry)
+        ray.train.report(entry)
+
+    train_student(job, worker, report)
+
+
+def train_student(job: DistillJob, worker: Worker, report: Any) -> None:
+    """Builds the student and trains it to the end; rank 0 leaves weights and curve in the artifact's folder."""
+    run = job.run
+    store, ref = Store(job.store), run.ref("distill")
+    dtype = getattr(torch, run.distill.dtype)
+    ops = resolve(run.placement.backend, worker.device)
+    model = build_student(job.teacher, job.plan, run.student.init, run.distill.seed, dtype, worker.device, ops)
+    batches = CachedBatches(
+        store,
+        run.ref("prepare"),
+        run.ref("cache"),
+        run.cache,
+        job.tapped,
+        job.plan.replaced if job.needs_taps else (),
+        load_processor(job.teacher),
+    )
+    training = Training(
+        model,
+        batches,
+        run.distill,
+        run.cache.targets.temperature,
+        run.student.init,
+        worker,
+        Saving(store, ref, job.fingerprint),
+    )
+    state = training.run(report)
+    if worker.rank == 0:
+        store.write(f"{ref}/{INITIAL}", save(training.initial))
+        store.write(f"{ref}/{WEIGHTS}", save(training.trained()))
+        store.write(f"{ref}/{CURVE}", (json.dumps(state.history, indent=0) + "\n").encode())

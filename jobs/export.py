@@ -1,0 +1,95 @@
+"""Stage ``export``: the student as one self-contained folder that a fresh process loads with ``load_student``."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save_file
+from transformers import PreTrainedModel
+
+from jobs.distill import WEIGHTS
+from jobs.stages import layer_plan, resolved, teacher_digests, teacher_path
+from pipeline.models import MODEL_FILES, PROCESSOR_SUFFIXES
+from pipeline.ops.opset import TORCH
+from pipeline.stage import Stage
+from pipeline.store import Store
+from pipeline.student import HYBRID_FILE, build_student, describe, load_student, load_trained
+from pipeline.surgery import trainable_names
+from schemas.config import RunConfig
+from schemas.errors import ShardCorrupt
+
+# Tokens of the check that the written folder computes what the student computes.
+CHECK_TOKENS = 32
+
+
+def stage(run: RunConfig) -> Stage:
+    """The stage of this run. Identity: the distilled student and the teacher whose frozen weights it keeps."""
+    settings = {"teacher": teacher_digests(run.teacher.path)}
+
+    def work(store: Store, _: str) -> dict[str, Any]:
+        return _export(store, run)
+
+    return Stage(run.ref("export"), (run.ref("distill"),), settings, work, resolved(run))
+
+
+def _export(store: Store, run: RunConfig) -> dict[str, Any]:
+    ref, teacher = run.ref("export"), teacher_path(run)
+    student = merged_student(store, run)
+    with tempfile.TemporaryDirectory(prefix="decant-") as scratch:
+        folder = Path(scratch)
+        write_folder(student, teacher, folder)
+        difference = _check(student, folder)
+        sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
+        for name in sizes:
+            store.write(f"{ref}/{name}", (folder / name).read_bytes())
+    return {"folder": store.path(str(ref)), "files": sizes, "logit_difference": difference}
+
+
+def merged_student(store: Store, run: RunConfig) -> PreTrainedModel:
+    """The student on the CPU: frozen weights in the type of the teacher's files, trained ones in float32."""
+    config = json.loads((Path(run.teacher.path) / "config.json").read_text())
+    stored = config.get("dtype") or config.get("torch_dtype") or "float32"
+    model = build_student(
+        teacher_path(run),
+        layer_plan(run),
+        run.student.init,
+        run.distill.seed,
+        getattr(torch, stored),
+        torch.device("cpu"),
+        TORCH,
+    )
+    for name in trainable_names(model):
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data.float()
+    source = f"{run.ref('distill')}/{WEIGHTS}"
+    load_trained(model, load(store.read(source)), source)
+    return model
+
+
+def write_folder(student: PreTrainedModel, teacher: str, folder: Path) -> None:
+    """Weights, configuration, the hybrid's description, and the teacher's processor files."""
+    # clones: tied weights share memory, which safetensors refuses
+    weights = {k: v.detach().clone().contiguous() for k, v in student.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    student.config.save_pretrained(folder)
+    (folder / HYBRID_FILE).write_text(json.dumps(describe(student), indent=1) + "\n")
+    skipped = {"config.json", "training.json", "model.safetensors.index.json"}
+    for path in Path(teacher).iterdir():
+        wanted = path.name in MODEL_FILES or path.suffix in PROCESSOR_SUFFIXES
+        if path.is_file() and wanted and path.name not in skipped:
+            shutil.copyfile(path, folder / path.name)
+
+
+@torch.no_grad()
+def _check(student: PreTrainedModel, folder: Path) -> float:
+    """Largest logit difference, in float32, between the student and what the folder loads as; must be 0."""
+    loaded = load_student(str(folder), torch.float32, torch.device("cpu"), TORCH)
+    vocabulary = student.get_input_embeddings().num_embeddings
+    ids = torch.randint(4, vocabulary, (1, CHECK_TOKENS), generator=torch.Generator().manual_seed(0))
+    difference = float((student.float()(input_ids=ids).logits - loaded(input_ids=ids).logits).abs().max())
+    if difference:
+        raise ShardCorrupt(f"{folder}: the exported student's logits differ from the student's by {difference:g}")
+    return difference

@@ -1,0 +1,30 @@
+"""Stage ``prepare``: conversations in the LLaVA format to the ``samples`` table."""
+
+from typing import Any
+
+from jobs.progress import Progress
+from jobs.stages import file_digest, resolved, teacher_digests
+from pipeline.data.encoding import Encoder
+from pipeline.data.samples import prepare
+from pipeline.models import load_processor
+from pipeline.stage import Stage
+from pipeline.store import Store
+from schemas.config import RunConfig
+
+
+def stage(run: RunConfig) -> Stage:
+    """The stage of this run. Identity: the data file, the teacher's processor, sharding and maximum length."""
+    config = run.prepare
+    settings = {
+        "data": file_digest(config.data),
+        "processor": teacher_digests(run.teacher.path)["processor"],
+        "shard_rows": config.shard_rows,
+        "max_length": config.max_length,
+    }
+
+    def work(store: Store, fingerprint: str) -> dict[str, Any]:
+        encoder = Encoder(load_processor(run.teacher.path), config.max_length)
+        with Progress("prepare", None, "samples") as progress:
+            return prepare(store, run.ref("prepare"), config, encoder, fingerprint, progress.update)
+
+    return Stage(run.ref("prepare"), (), settings, work, resolved(run))

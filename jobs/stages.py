@@ -1,0 +1,94 @@
+"""Runs or previews a stage by name, and what several stages' identities need: facts about teacher, layers and files."""
+
+import hashlib
+import importlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pipeline.models import decoder_layers, folder_digests
+from pipeline.stage import run_stage, status
+from pipeline.store import Store
+from schemas.config import RunConfig
+from schemas.errors import ConfigInvalid, SampleInvalid
+from schemas.layers import LayerPlan, plan_layers
+from schemas.runfile import dump_run
+
+NAMES = ("prepare", "cache", "distill", "evaluate", "export")
+
+
+def run_named(name: str, run: RunConfig, out: Console) -> None:
+    """Runs one stage of a run and says what was done, also where that is nothing."""
+    stage = importlib.import_module(f"jobs.{name}").stage(run)
+    record, ran = run_stage(open_store(run), stage)
+    if ran:
+        out.print(f"[green]{stage.ref}[/] done in {record.provenance['seconds']:.1f} s")
+    else:
+        out.print(f"[green]{stage.ref}[/] is already done (fingerprint {record.fingerprint[:8]}); nothing to do")
+
+
+def preview(name: str, run: RunConfig, out: Console) -> None:
+    """Checks everything that can be checked before work, and prints the resolved run and what would be done."""
+    stage = importlib.import_module(f"jobs.{name}").stage(run)
+    store = open_store(run)
+    says = {"done": "is already done", "partial": "is begun and would be continued", "new": "would be made"}
+    state = says[status(store, stage)]
+    out.print(dump_run(run), end="", markup=False)
+    out.print(f"# {store.path(str(stage.ref))} {state}", markup=False)
+
+
+@lru_cache(maxsize=4)
+def teacher_digests(path: str) -> dict[str, str]:
+    """Digests of the teacher's weights and processor; hashing gigabytes once a process is enough."""
+    return folder_digests(path)
+
+
+def layer_plan(run: RunConfig) -> LayerPlan:
+    """The run's replaced layers, checked against the teacher's configuration."""
+    teacher_digests(run.teacher.path)
+    return plan_layers(run.student.layers, decoder_layers(run.teacher.path))
+
+
+def tapped_layers(run: RunConfig) -> tuple[int, ...]:
+    """The layers that the run's cache taps."""
+    plan, taps = layer_plan(run), run.cache.taps
+    if taps.fraction == 0:
+        return ()
+    if taps.layers == "replaced":
+        return plan.replaced
+    if taps.layers == "all":
+        return tuple(range(plan.total))
+    bad = [i for i in taps.layers if not 0 <= i < plan.total]
+    if bad:
+        raise ConfigInvalid(f"cache.taps.layers: {bad} are not layers from 0 to {plan.total - 1} of this decoder")
+    return tuple(sorted(set(taps.layers)))
+
+
+def file_digest(path: str) -> str:
+    """SHA-256 of a data file, 32 hexadecimal digits.
+
+    Raises:
+        SampleInvalid: the file is missing or unreadable.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+    except OSError as error:
+        raise SampleInvalid(f"{path}: data file cannot be read: {error.strerror or error}") from None
+
+
+def resolved(run: RunConfig) -> dict[str, Any]:
+    """The run for the record, every default written out."""
+    return run.model_dump(mode="json")
+
+
+def open_store(run: RunConfig) -> Store:
+    """The run's store; local paths become absolute, because Ray's workers have other working directories."""
+    return Store(run.store if "://" in run.store else str(Path(run.store).absolute()))
+
+
+def teacher_path(run: RunConfig) -> str:
+    """The teacher's folder as an absolute path, for the same reason."""
+    return str(Path(run.teacher.path).absolute())

@@ -1,0 +1,97 @@
+"""The report's charts as SVG text, drawn by matplotlib."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+INK, TEACHER, STUDENT, UNTRAINED = "#24292f", "#57606a", "#0969da", "#d4a72c"
+COLOURS = {"teacher": TEACHER, "student": STUDENT, "student_untrained": UNTRAINED}
+LABELS = {"teacher": "teacher", "student": "distilled student", "student_untrained": "untrained student"}
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _svg(figure: Any) -> str:
+    import matplotlib
+    from matplotlib import pyplot
+
+    sink = io.StringIO()
+    # a fixed salt and no date: the same figures give the same picture
+    with matplotlib.rc_context({"svg.hashsalt": "decant"}):
+        figure.savefig(sink, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+    text = sink.getvalue()
+    return text[text.index("<svg") :]
+
+
+def exact_match_chart(scores: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Bars of exact match per group with 95 % intervals; ``scores`` maps who to group to a proportion."""
+    figure, axes = _figure(9.0, 3.4)
+    groups = list(next(iter(scores.values())))
+    width = 0.8 / len(scores)
+    for number, (who, by_group) in enumerate(scores.items()):
+        places = [i + (number - (len(scores) - 1) / 2) * width for i in range(len(groups))]
+        values = [by_group[g]["value"] for g in groups]
+        low = [v - by_group[g]["ci95"][0] for g, v in zip(groups, values, strict=True)]
+        high = [by_group[g]["ci95"][1] - v for g, v in zip(groups, values, strict=True)]
+        axes.bar(places, values, width * 0.92, color=COLOURS[who], label=LABELS[who])
+        axes.errorbar(places, values, [low, high], fmt="none", ecolor=INK, elinewidth=0.8, capsize=2)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_ylim(0, 1.02)
+    axes.set_ylabel("exact match")
+    figure.legend(loc="outside upper center", ncols=len(scores), frameon=False)
+    return _svg(figure)
+
+
+def curve_chart(history: Sequence[dict[str, Any]], names: Sequence[str], ylabel: str) -> str:
+    """Logged losses over all phases' steps, logarithmic; a rule where a phase begins."""
+    figure, axes = _figure(4.6, 3.0)
+    offsets, total = {}, 0
+    for entry in history:
+        if entry["phase"] not in offsets:
+            offsets[entry["phase"]] = total
+            total += entry["steps"]
+    for name in names:
+        # a step whose batch holds no taps logs a layer loss of 0, which is no measurement
+        points = [(offsets[e["phase"]] + e["step"], e[name]) for e in history if e.get(name, 0) > 0]
+        if points:
+            label = name.replace("_", " ").replace("kl", "KL")
+            axes.plot([x for x, _ in points], [y for _, y in points], label=label, linewidth=1.4)
+    for start in list(offsets.values())[1:]:
+        axes.axvline(start, color="#d0d7de", linewidth=1)
+    axes.set_yscale("log")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(ylabel)
+    axes.legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def seconds_chart(seconds: dict[str, float]) -> str:
+    """Horizontal bars of each stage's wall-clock seconds."""
+    figure, axes = _figure(4.6, 0.6 + 0.4 * len(seconds))
+    names = list(seconds)[::-1]
+    bars = axes.barh(names, [seconds[n] for n in names], color=STUDENT, height=0.6)
+    axes.bar_label(bars, fmt="%.0f s", padding=3, fontsize=8)
+    axes.set_xlabel("seconds")
+    return _svg(figure)
+
+
+def bytes_chart(sizes: dict[str, float]) -> str:
+    """Horizontal bars of bytes a response token, logarithmic."""
+    figure, axes = _figure(4.6, 0.6 + 0.4 * len(sizes))
+    names = list(sizes)[::-1]
+    bars = axes.barh(names, [sizes[n] for n in names], color=TEACHER, height=0.6)
+    axes.bar_label(bars, fmt="%.0f B", padding=3, fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xlim(1, max(sizes.values()) * 6)
+    axes.set_xlabel("bytes per response token")
+    return _svg(figure)

@@ -1,0 +1,143 @@
+"""Shards: one Parquet file a unit of work, self-describing and checked, and the manifest folded from their footers.
+
+The same rows give the same bytes: no time, host or order of writing enters a shard.
+"""
+
+import hashlib
+import io
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.store import Store
+from schemas.artifacts import ArtifactRef
+from schemas.errors import ShardCorrupt
+from schemas.manifest import MANIFEST, Manifest, ShardInfo, missing_shards, shard_name
+from schemas.tables import Table
+
+
+def write_shard(
+    store: Store, ref: ArtifactRef, table: Table, index: int, columns: dict[str, list[object]], fingerprint: str
+) -> None:
+    """Commits shard ``index`` of an artifact from column lists (keys: every column of the table)."""
+    schema = table.schema()
+    data = pa.table({name: pa.array(columns[name], schema.field(name).type) for name in schema.names}, schema=schema)
+    footer = {
+        "decant.table": table.name,
+        "decant.version": str(table.version),
+        "decant.fingerprint": fingerprint,
+        "decant.shard": str(index),
+        "decant.rows": str(data.num_rows),
+        "decant.checksum": checksum(data),
+    }
+    sink = io.BytesIO()
+    pq.write_table(data.replace_schema_metadata(footer), sink, compression="zstd", use_dictionary=False)
+    store.write(f"{ref}/{shard_name(index)}", sink.getvalue())
+
+
+def checksum(data: pa.Table) -> str:
+    """SHA-256 over the columns' names, types, empty places and values, 32 hexadecimal digits."""
+    state = hashlib.sha256()
+    for name in sorted(data.schema.names):
+        column = data[name]
+        state.update(f"{name}:{column.type}:{len(column)};".encode())
+        if pa.types.is_integer(column.type):
+            state.update(column.to_numpy().astype("<i8").tobytes())
+            continue
+        for scalar in column:
+            value = scalar.as_buffer()
+            state.update(b"-" if value is None else value.size.to_bytes(8, "little"))
+            state.update(b"" if value is None else value)
+    return state.hexdigest()[:32]
+
+
+def read_shard(
+    store: Store, ref: ArtifactRef, table: Table, info: ShardInfo, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """Rows of one shard, checked against the manifest's entry; only the named columns where given.
+
+    The checksum covers all columns, so it is checked where all are read; rows, types and names always are.
+
+    Raises:
+        ShardCorrupt: the file is truncated, altered or of another table.
+    """
+    where = store.path(f"{ref}/{info.name}")
+    try:
+        data = pq.read_table(
+            pa.BufferReader(store.read(f"{ref}/{info.name}")), columns=list(columns) if columns else None
+        )
+    except (pa.ArrowException, OSError) as error:
+        raise ShardCorrupt(
+            f"{where}: cannot be read as Parquet: {error}; remove it and run `decant {ref.kind}`"
+        ) from None
+    table.check(data, where)
+    if data.num_rows != info.rows:
+        raise ShardCorrupt(f"{where}: expected {info.rows} rows, got {data.num_rows}")
+    if columns is None and checksum(data) != info.checksum:
+        raise ShardCorrupt(f"{where}: values do not match the checksum; remove it and run `decant {ref.kind}`")
+    return data
+
+
+def read_footer(store: Store, ref: ArtifactRef, name: str) -> dict[str, str]:
+    """The ``decant.*`` entries of a shard's footer, without the prefix."""
+    where = store.path(f"{ref}/{name}")
+    try:
+        with store.fs.open(where, "rb") as file:
+            metadata = pq.read_schema(file).metadata or {}
+    except (pa.ArrowException, OSError) as error:
+        raise ShardCorrupt(
+            f"{where}: cannot be read as Parquet: {error}; remove it and run `decant {ref.kind}`"
+        ) from None
+    found = {k.decode()[7:]: v.decode() for k, v in metadata.items() if k.startswith(b"decant.")}
+    if not found:
+        raise ShardCorrupt(f"{where}: was not written by decant (no footer)")
+    return found
+
+
+def uncommitted(store: Store, ref: ArtifactRef, count: int) -> list[int]:
+    """Indices of the shards that are still to be made, of ``count``."""
+    return missing_shards(count, store.names(str(ref)))
+
+
+def fold_manifest(store: Store, ref: ArtifactRef, table: Table, count: int, fingerprint: str) -> Manifest:
+    """Reads the footers of all ``count`` shards, checks that they belong together, and commits the manifest."""
+    shards = []
+    for index in range(count):
+        name = shard_name(index)
+        footer = read_footer(store, ref, name)
+        expected = {"table": table.name, "version": str(table.version), "fingerprint": fingerprint, "shard": str(index)}
+        for key, value in expected.items():
+            if footer.get(key) != value:
+                where = store.path(f"{ref}/{name}")
+                raise ShardCorrupt(f"{where}: footer `{key}`: expected {value}, got {footer.get(key)}")
+        shards.append(
+            ShardInfo(
+                index=index,
+                name=name,
+                rows=int(footer["rows"]),
+                bytes=store.size(f"{ref}/{name}"),
+                checksum=footer["checksum"],
+            )
+        )
+    manifest = Manifest(table=table.name, version=table.version, fingerprint=fingerprint, shards=tuple(shards))
+    store.write(f"{ref}/{MANIFEST}", (manifest.model_dump_json(indent=1) + "\n").encode())
+    return manifest
+
+
+def read_manifest(store: Store, ref: ArtifactRef) -> Manifest:
+    """The manifest of a finished artifact."""
+    return Manifest.model_validate_json(store.read(f"{ref}/{MANIFEST}"))
+
+
+def column_bytes(store: Store, ref: ArtifactRef, manifest: Manifest) -> dict[str, int]:
+    """Bytes on disk of each column over all shards, as Parquet stores them."""
+    total: dict[str, int] = {}
+    for shard in manifest.shards:
+        with store.fs.open(store.path(f"{ref}/{shard.name}"), "rb") as file:
+            metadata = pq.read_metadata(file)
+        for group in range(metadata.num_row_groups):
+            for i in range(metadata.num_columns):
+                column = metadata.row_group(group).column(i)
+                total[column.path_in_schema] = total.get(column.path_in_schema, 0) + column.total_compressed_size
+    return total

@@ -1,0 +1,49 @@
+"""Taps: what is kept of an attention layer for a fraction of the samples, and how it is written and read.
+
+A tap is the layer's input (the normalised hidden state) and its attention output, each [L, D], as bfloat16 bits.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def is_tapped(sample_id: str, fraction: float, seed: int) -> bool:
+    """Whether a sample belongs to the tapped fraction: depends on nothing but itself and the seed."""
+    value = int.from_bytes(hashlib.sha256(f"tap:{seed}:{sample_id}".encode()).digest()[:8], "big")
+    return value < fraction * 2**64
+
+
+@contextmanager
+def recorded(layers: Any, chosen: tuple[int, ...]) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+    """While open, each forward leaves (input, attention output), both [B, L, D], of the chosen layers."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep(index: int) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor, Any]) -> None:
+            found[index] = (args[0] if args else kwargs["hidden_states"], output[0])
+
+        return hook
+
+    handles = [layers[i].self_attn.register_forward_hook(keep(i), with_kwargs=True) for i in chosen]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def encode_tap(value_LD: Tensor) -> bytes:
+    """bfloat16 bits, little-endian."""
+    return value_LD.to(torch.bfloat16).contiguous().view(torch.int16).cpu().numpy().astype("<i2").tobytes()
+
+
+def decode_tap(data: bytes, tokens: int) -> Tensor:
+    """[tokens, D] bfloat16."""
+    bits = torch.from_numpy(np.frombuffer(data, "<i2").astype(np.int16))
+    return bits.view(torch.bfloat16).view(tokens, -1)

@@ -1,0 +1,227 @@
+"""Batches from the cache: the rows of a step read from shards, decoded and collated, ahead of need in one thread.
+
+``CacheIndex`` knows what every row is (its tokens, whether it is tapped) from two small columns; ``CachedBatches``
+reads shards through a bounded cache.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data.collate import pad_id_of, pad_tokens, pixel_values, predicting_positions
+from pipeline.shards import read_manifest, read_shard
+from pipeline.store import Store
+from pipeline.taps import decode_tap, is_tapped
+from pipeline.targets import SparseTargets, decode_draws
+from pipeline.training.order import WINDOW, batch_items, rank_slice
+from schemas.artifacts import ArtifactRef
+from schemas.config import AlignPhase, CacheConfig, DistillPhase
+from schemas.errors import ShardCorrupt
+from schemas.tables import SAMPLES, Table, tap_columns, targets_table
+
+# Batches decoded ahead of the step that needs them.
+AHEAD = 2
+
+
+@dataclass(frozen=True)
+class TapBatch:
+    """Inputs and outputs by layer, each [B, L, D] bfloat16, and the mask [B, L] of real tokens."""
+
+    layers: dict[int, tuple[Tensor, Tensor]]
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One worker's part of a step.
+
+    ``inputs`` are the model's keywords (empty in ``align``); ``positions`` [P, 2] are (row, position) pairs with their
+    ``gold`` tokens [P] and ``targets``. ``global_positions`` and ``global_tap_tokens`` count over all workers.
+    """
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    positions: Tensor | None = None
+    gold: Tensor | None = None
+    targets: SparseTargets | None = None
+    taps: TapBatch | None = None
+    global_samples: int = 0
+    global_positions: int = 0
+    global_tap_tokens: int = 0
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on another device."""
+
+        def move(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.to(device, non_blocking=True)
+
+        taps = self.taps and TapBatch(
+            {k: (a.to(device), b.to(device)) for k, (a, b) in self.taps.layers.items()}, self.taps.mask.to(device)
+        )
+        return replace(
+            self,
+            inputs={k: v.to(device, non_blocking=True) for k, v in self.inputs.items()},
+            positions=move(self.positions),
+            gold=move(self.gold),
+            targets=self.targets and self.targets.to(device),
+            taps=taps,
+        )
+
+
+class CacheIndex:
+    """What every cached row is, by shard: token counts, response tokens, tapped or not."""
+
+    def __init__(self, store: Store, samples: ArtifactRef, targets: ArtifactRef, cache: CacheConfig) -> None:
+        self.samples, self.targets = read_manifest(store, samples), read_manifest(store, targets)
+        if self.samples.shard_rows != self.targets.shard_rows:
+            raise ShardCorrupt(f"{targets}: its shards do not have the rows of {samples}'s")
+        self.tokens, self.responses, self.tapped = [], [], []
+        for info in self.samples.shards:
+            data = read_shard(store, samples, SAMPLES, info, ["sample_id", "tokens", "response_tokens"])
+            self.tokens.append(data["tokens"].to_numpy())
+            self.responses.append(data["response_tokens"].to_numpy())
+            ids = data["sample_id"].to_pylist()
+            self.tapped.append(np.array([is_tapped(i, cache.taps.fraction, cache.seed) for i in ids]))
+
+    def step_items(self, phase: AlignPhase | DistillPhase, seed: int, step: int) -> np.ndarray:
+        """int64[batch, 2] of (shard, row): the global batch of a step; ``align`` goes over tapped rows only."""
+        if phase.kind == "distill":
+            return batch_items(seed, step, phase.batch, self.samples.shard_rows)
+        rows = [np.flatnonzero(t) for t in self.tapped]
+        items = batch_items(seed, step, phase.batch, [len(r) for r in rows])
+        return np.array([[shard, rows[shard][row]] for shard, row in items])
+
+    def count(self, values: list[np.ndarray], items: np.ndarray, *, tapped: bool) -> int:
+        """Sum of a per-row value over items, over the tapped ones only where asked."""
+        return int(sum(values[s][r] for s, r in items if not tapped or self.tapped[s][r]))
+
+
+class CachedBatches:
+    """The batches of one worker, for any phase and step."""
+
+    def __init__(
+        self,
+        store: Store,
+        samples: ArtifactRef,
+        targets: ArtifactRef,
+        cache: CacheConfig,
+        tapped: tuple[int, ...],
+        layers: tuple[int, ...],
+        processor: Any,
+    ) -> None:
+        """``tapped`` are the layers that the cache holds, ``layers`` those that this student needs."""
+        self.store, self.refs, self.cache, self.layers = store, (samples, targets), cache, layers
+        self.index = CacheIndex(store, samples, targets, cache)
+        self.processor = processor
+        self.pad_id = pad_id_of(getattr(processor, "tokenizer", processor))
+        self.table = targets_table(tapped)
+        self.tap_names = [c.name for layer in layers for c in tap_columns(layer)]
+        self._shards: OrderedDict[tuple[str, int], list[dict[str, Any]]] = OrderedDict()
+
+    def stream(self, phase: AlignPhase | DistillPhase, seed: int, start: int, rank: int, world: int) -> Iterator[Batch]:
+        """The worker's batches of the phase's steps from ``start`` on."""
+        with ThreadPoolExecutor(1) as pool:
+            waiting: list[Future[Batch]] = []
+            for step in range(start, phase.steps + AHEAD):
+                if step < phase.steps:
+                    waiting.append(pool.submit(self.batch, phase, seed, step, rank, world))
+                if step >= start + AHEAD and waiting:
+                    yield waiting.pop(0).result()
+            for future in waiting:
+                yield future.result()
+
+    def batch(self, phase: AlignPhase | DistillPhase, seed: int, step: int, rank: int, world: int) -> Batch:
+        """The worker's part of one step."""
+        items = self.index.step_items(phase, seed, step)
+        mine = rank_slice(items, rank, world)
+        index = self.index
+        base = Batch(
+            global_samples=len(items),
+            global_positions=index.count(index.responses, items, tapped=False),
+            global_tap_tokens=index.count(index.tokens, items, tapped=True),
+        )
+        taps = self.taps(mine)
+        if phase.kind == "align":
+            return replace(base, taps=taps)
+        return replace(base, taps=taps, **self._model_part(mine))
+
+    def first_taps(self, count: int) -> list[dict[int, tuple[Tensor, Tensor]]]:
+        """Taps of the first ``count`` tapped rows by layer, each [L, D]; the same on every worker."""
+        found: list[dict[int, tuple[Tensor, Tensor]]] = []
+        for shard, flags in enumerate(self.index.tapped):
+            for row in np.flatnonzero(flags)[: count - len(found)]:
+                found.append(self._tap_row(shard, int(row)))
+            if len(found) == count:
+                break
+        return found
+
+    def taps(self, items: np.ndarray) -> TapBatch | None:
+        """The taps of those items that have them, right-padded."""
+        rows = [self._tap_row(int(s), int(r)) for s, r in items if self.layers and self.index.tapped[s][r]]
+        if not rows:
+            return None
+        lengths = torch.tensor([next(iter(r.values()))[0].shape[0] for r in rows])
+
+        def stack(layer: int, which: int) -> Tensor:
+            return torch.nn.utils.rnn.pad_sequence([r[layer][which] for r in rows], batch_first=True)
+
+        layers = {layer: (stack(layer, 0), stack(layer, 1)) for layer in self.layers}
+        return TapBatch(layers, torch.arange(int(lengths.max()))[None] < lengths[:, None])
+
+    def _tap_row(self, shard: int, row: int) -> dict[int, tuple[Tensor, Tensor]]:
+        data = self._rows("taps", shard)[row]
+        tokens = int(self.index.tokens[shard][row])
+        return {
+            layer: (decode_tap(data[f"tap_{layer}_input"], tokens), decode_tap(data[f"tap_{layer}_output"], tokens))
+            for layer in self.layers
+        }
+
+    def _model_part(self, items: np.ndarray) -> dict[str, Any]:
+        samples = [self._rows("samples", int(s))[r] for s, r in items]
+        targets = [self._rows("targets", int(s))[r] for s, r in items]
+        for sample, target in zip(samples, targets, strict=True):
+            if sample["sample_id"] != target["sample_id"]:
+                raise ShardCorrupt(f"{self.refs[1]}: row of {target['sample_id']} stands beside {sample['sample_id']}")
+        tokens = [np.frombuffer(s["input_ids"], "<i4") for s in samples]
+        places = [predicting_positions(np.frombuffer(s["spans"], "<i4").reshape(-1, 2)) for s in samples]
+        ids, mask = pad_tokens(tokens, self.pad_id)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        pixels = pixel_values(self.processor, [s["image"] for s in samples])
+        if pixels is not None:
+            inputs["pixel_values"] = pixels
+        rows = np.repeat(np.arange(len(places)), [len(p) for p in places])
+        gold = np.concatenate([t[p + 1] for t, p in zip(tokens, places, strict=True)]).astype(np.int64)
+        return {
+            "inputs": inputs,
+            "positions": torch.from_numpy(np.stack([rows, np.concatenate(places)], 1)),
+            "gold": torch.from_numpy(gold),
+            "targets": decode_draws(targets, self.cache.targets),
+        }
+
+    def _rows(self, part: str, shard: int) -> list[dict[str, Any]]:
+        """Rows of one shard, of the samples, the targets or the taps; the latest ``WINDOW`` + 1 shards of each stay."""
+        key = (part, shard)
+        if key not in self._shards:
+            self._shards[key] = self._read(part, shard)
+            if len(self._shards) > 3 * (WINDOW + 1):
+                self._shards.popitem(last=False)
+        self._shards.move_to_end(key)
+        return self._shards[key]
+
+    def _read(self, part: str, shard: int) -> list[dict[str, Any]]:
+        samples, targets = self.refs
+        table: Table = SAMPLES if part == "samples" else self.table
+        columns = {
+            "samples": ["sample_id", "input_ids", "spans", "image"],
+            "targets": ["sample_id", "ids", "ids_dtype", "counts", "n_unique", "entropy"],
+            "taps": self.tap_names,
+        }[part]
+        manifest = self.index.samples if part == "samples" else self.index.targets
+        ref = samples if part == "samples" else targets
+        rows: list[dict[str, Any]] = read_shard(self.store, ref, table, manifest.shards[shard], columns).to_pylist()
+        return rows

@@ -1,0 +1,209 @@
+"""The training loop: phases of optimizer steps over cached batches. Knows no Ray: rank, world and ``report`` come in.
+
+Resuming is arithmetic: a checkpoint holds phase and step, and the batches of a step are a function of them.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from pipeline.initialise import match_gain
+from pipeline.store import Store
+from pipeline.surgery import mixers, trainable_names
+from pipeline.training.batches import CachedBatches
+from pipeline.training.checkpoint import (
+    TrainState,
+    latest_checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+)
+from pipeline.training.objective import DistillObjective, LayerObjective
+from pipeline.training.schedule import learning_rate
+from schemas.artifacts import ArtifactRef
+from schemas.config import AlignPhase, DistillConfig, DistillPhase, Init
+
+# Tapped samples that set the gain of `mimic` and the scale of the layer loss: thousands of tokens for a few numbers.
+CALIBRATION_SAMPLES = 32
+LOG_EVERY = 10
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Who this process is among the workers, and where it computes."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Where checkpoints of this run go."""
+
+    store: Store
+    ref: ArtifactRef
+    fingerprint: str
+
+
+class Training:
+    """One worker's training of one student."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: CachedBatches,
+        config: DistillConfig,
+        temperature: float,
+        init: Init,
+        worker: Worker,
+        saving: Saving,
+    ) -> None:
+        self.model, self.batches, self.config = model, batches, config
+        self.temperature, self.worker, self.saving = temperature, worker, saving
+        self.parameters = dict(model.named_parameters())
+        self.trainable = trainable_names(model)
+        for name in self.trainable:
+            self.parameters[name].data = self.parameters[name].data.float()
+        self.names = {id(self.parameters[n]): n for n in self.trainable}
+        self.power = self._calibrate(init)
+        self.state = TrainState()
+        self.initial = self.trained()
+
+    def _calibrate(self, init: Init) -> dict[int, float]:
+        """Mean squared norm a token of each layer's target; under ``mimic`` also sets the mixers' gains."""
+        taps = self.batches.first_taps(CALIBRATION_SAMPLES) if self.batches.layers else []
+        power = {}
+        for index, mixer in mixers(self.model).items():
+            pairs = [(t[index][0], t[index][1]) for t in taps if index in t]
+            dtype = mixer.out_proj.weight.dtype
+            if pairs and init == "mimic":
+                match_gain(mixer, [(a.to(self.worker.device, dtype), b.to(self.worker.device)) for a, b in pairs])
+            norms = torch.cat([b.float().square().sum(-1) for _, b in pairs]) if pairs else torch.ones(1)
+            power[index] = float(norms.mean())
+        return power
+
+    def trained(self) -> dict[str, Tensor]:
+        """A copy of the trainable parameters, by name."""
+        return {n: self.parameters[n].detach().cpu().clone() for n in self.trainable}
+
+    def run(self, report: Report) -> TrainState:
+        """Trains from the latest checkpoint, or from the start, to the end of the last phase."""
+        found = latest_checkpoint(self.saving.store, self.saving.ref, self.saving.fingerprint)
+        moments: dict[str, Tensor] = {}
+        if found:
+            self.state, tensors = found
+            with torch.no_grad():
+                for name in self.trainable:
+                    self.parameters[name].copy_(tensors[name])
+            moments = {k: v for k, v in tensors.items() if k.startswith("optimizer.")}
+        while self.state.phase < len(self.config.phases):
+            self._phase(self.config.phases[self.state.phase], moments, report)
+            moments = {}
+        return self.state
+
+    def _phase(self, phase: AlignPhase | DistillPhase, moments: dict[str, Tensor], report: Report) -> None:
+        objective = self._objective(phase)
+        chosen = [p for p in objective.parameters() if p.requires_grad]
+        wrapped: nn.Module = objective
+        if self.worker.world > 1:
+            wrapped = DistributedDataParallel(objective)
+        optimizer = self._optimizer(chosen)
+        restore_optimizer(optimizer, self.names, moments)
+        stream = self.batches.stream(
+            phase, self.config.seed + self.state.phase, self.state.step, self.worker.rank, self.worker.world
+        )
+        started, waited, first = time.monotonic(), 0.0, self.state.step
+        while True:
+            before = time.monotonic()
+            batch = next(stream, None)
+            waited += time.monotonic() - before
+            if batch is None:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(phase, self.state.step)
+            metrics = self._step(wrapped, chosen, optimizer, batch.to(self.worker.device))
+            self.state.step += 1
+            last = self.state.step == phase.steps
+            if self.state.step % LOG_EVERY == 0 or last or self.state.step == 1:
+                seconds = time.monotonic() - started
+                self._log(phase, metrics, (self.state.step - first) / seconds, waited / seconds, report)
+            if self.state.step % self.config.checkpoint_every == 0 and not last:
+                self._save(optimizer)
+        self.state.phase, self.state.step = self.state.phase + 1, 0
+        self._save(None)
+
+    def _objective(self, phase: AlignPhase | DistillPhase) -> nn.Module:
+        """The phase's objective; exactly its parameters require gradients afterwards."""
+        found = mixers(self.model)
+        layer = LayerObjective(found, self.config.layer_loss, self.power)
+        self.model.requires_grad_(False).eval()  # frozen modules have no dropout
+        if phase.kind == "align":
+            return layer.requires_grad_(True)
+        for name in self.trainable:
+            self.parameters[name].requires_grad_(True)
+        return DistillObjective(self.model, layer, phase.weights, self.temperature)
+
+    def _optimizer(self, chosen: list[nn.Parameter]) -> torch.optim.AdamW:
+        """No weight decay on biases, norms, decays and step sizes: everything of one dimension."""
+        groups = [
+            {"params": [p for p in chosen if p.dim() > 1], "weight_decay": self.config.weight_decay},
+            {"params": [p for p in chosen if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=0.0, betas=self.config.betas)
+
+    def _step(
+        self, objective: nn.Module, chosen: list[nn.Parameter], optimizer: torch.optim.Optimizer, batch: Any
+    ) -> dict[str, Tensor]:
+        bf16 = self.config.dtype == "bfloat16"
+        with torch.autocast(self.worker.device.type, torch.bfloat16) if bf16 else nullcontext():
+            loss, metrics = objective(batch)
+        # the losses are divided by counts over all workers; DDP averages gradients, the objective is their sum
+        (loss * self.worker.world).backward()
+        norm = nn.utils.clip_grad_norm_(chosen, self.config.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return {"loss": loss.detach(), **{k: v.detach() for k, v in metrics.items()}, "grad_norm": norm}
+
+    def _log(
+        self, phase: AlignPhase | DistillPhase, metrics: dict[str, Tensor], rate: float, wait: float, report: Report
+    ) -> None:
+        # a worker without tapped rows in this step has no layer metrics, so every worker sends the same keys
+        names = ["loss", *(["kl"] if phase.kind == "distill" else []), *(f"layer_{i}" for i in mixers(self.model))]
+        if phase.kind == "distill" and phase.weights.ce:
+            names.append("ce")
+        values = torch.stack([metrics.get(n, torch.zeros((), device=self.worker.device)).float() for n in names])
+        if self.worker.world > 1:
+            dist.all_reduce(values)
+        entry: dict[str, Any] = {n: round(v, 6) for n, v in zip(names, values.tolist(), strict=True)}
+        entry |= {
+            "phase": self.state.phase,
+            "kind": phase.kind,
+            "step": self.state.step,
+            "steps": phase.steps,
+            "lr": learning_rate(phase, self.state.step - 1),
+            "grad_norm": round(float(metrics["grad_norm"]), 6),
+            "steps_per_second": round(rate, 3),
+            "waiting_share": round(wait, 4),
+        }
+        self.state.history.append(entry)
+        report(entry)
+
+    def _save(self, optimizer: torch.optim.Optimizer | None) -> None:
+        if self.worker.rank == 0:
+            tensors = self.trained()
+            if optimizer is not None:
+                tensors |= optimizer_tensors(optimizer, self.names)
+            save_checkpoint(self.saving.store, self.saving.ref, self.saving.fingerprint, self.state, tensors)
+        if self.worker.world > 1:
+            dist.barrier()

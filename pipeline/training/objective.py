@@ -1,0 +1,70 @@
+"""What a step minimises: one module a phase, whose forward is the loss of a batch, so that DDP sees one forward."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pipeline.losses import gold_cross_entropy, layer_loss, sampled_kl
+from pipeline.mixer import Mamba2Mixer
+from pipeline.models import body, head
+from pipeline.training.batches import Batch, TapBatch
+from schemas.config import LossWeights
+
+Metrics = dict[str, Tensor]
+
+
+class LayerObjective(nn.Module):
+    """The teacher-forced layer loss: each mixer on the teacher's input, against the attention's output."""
+
+    def __init__(
+        self, mixers: dict[int, Mamba2Mixer], kind: Literal["mse", "frobenius"], power: dict[int, float]
+    ) -> None:
+        super().__init__()
+        self.mixers = nn.ModuleDict({str(i): m for i, m in mixers.items()})
+        self.kind: Literal["mse", "frobenius"] = kind
+        self.power = power
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Sum over layers of the mean layer loss: a token for ``mse``, a sample for ``frobenius``."""
+        assert batch.taps is not None, "an align step goes over tapped rows only"
+        return self.loss(batch.taps, batch.global_tap_tokens if self.kind == "mse" else batch.global_samples)
+
+    def loss(self, taps: TapBatch, count: int) -> tuple[Tensor, Metrics]:
+        """As ``forward``, of the given taps and divisor."""
+        metrics: Metrics = {}
+        for name, mixer in self.mixers.items():
+            value_in, value_out = taps.layers[int(name)]
+            output, _ = mixer(value_in.to(next(mixer.parameters()).dtype))
+            value = layer_loss(output, value_out, taps.mask, self.kind, self.power[int(name)])
+            metrics[f"layer_{name}"] = value / max(count, 1)
+        return torch.stack(list(metrics.values())).sum(), metrics
+
+
+class DistillObjective(nn.Module):
+    """α KL + β layer loss + γ cross-entropy of the whole student."""
+
+    def __init__(self, model: PreTrainedModel, layer: LayerObjective, weights: LossWeights, temperature: float) -> None:
+        super().__init__()
+        self.model, self.layer, self.weights, self.temperature = model, layer, weights, temperature
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """The weighted loss, KL and cross-entropy as means over all workers' positions."""
+        assert batch.positions is not None
+        assert batch.targets is not None
+        assert batch.gold is not None
+        hidden_BLD = body(self.model)(**batch.inputs, use_cache=False).last_hidden_state
+        hidden_PD = hidden_BLD[batch.positions[:, 0], batch.positions[:, 1]]
+        output = head(self.model)
+        metrics = {"kl": sampled_kl(hidden_PD, output, batch.targets, self.temperature) / batch.global_positions}
+        loss = self.weights.kl * metrics["kl"]
+        if self.weights.ce:
+            metrics["ce"] = gold_cross_entropy(hidden_PD, output, batch.gold) / batch.global_positions
+            loss = loss + self.weights.ce * metrics["ce"]
+        if self.weights.layer and batch.taps is not None:
+            count = batch.global_tap_tokens if self.layer.kind == "mse" else batch.global_samples
+            layer, found = self.layer.loss(batch.taps, count)
+            loss = loss + self.weights.layer * layer
+            metrics |= found
+        return loss, metrics

@@ -1,0 +1,50 @@
+"""What identifies a result and what is written beside it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+# Written last: an artifact without it is unfinished and no stage reads it.
+RECORD = "record.json"
+# Written first: what the artifact will be, so that a resumed stage can tell a drift before any work.
+IDENTITY = "identity.json"
+
+
+@dataclass(frozen=True)
+class ArtifactRef:
+    """``kind/name@version``, which is also its folder in the store."""
+
+    kind: str
+    name: str
+    version: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}/{self.name}@{self.version}"
+
+    @property
+    def record_path(self) -> str:
+        """Path of the record within the store."""
+        return f"{self}/{RECORD}"
+
+    @property
+    def identity_path(self) -> str:
+        """Path of the identity within the store."""
+        return f"{self}/{IDENTITY}"
+
+
+class ArtifactRecord(BaseModel):
+    """The finished artifact: identity and fingerprint, result, and how it came about.
+
+    ``identity`` holds settings and the inputs' fingerprints; ``fingerprint`` is its digest. ``provenance`` (versions,
+    hardware, times) and ``config`` (the resolved run) describe the run and are not part of the identity.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    ref: str
+    fingerprint: str
+    identity: dict[str, Any]
+    result: dict[str, Any]
+    provenance: dict[str, Any]
+    config: dict[str, Any]

@@ -1,0 +1,188 @@
+"""The run file: every setting of a run, strictly validated.
+
+Owns the types only; ``schemas.runfile`` reads YAML and overrides. Sections named after a stage are its identity
+(fingerprinted); ``placement`` says where a stage runs and never changes what it makes.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from schemas.artifacts import ArtifactRef
+from schemas.layers import LayersConfig
+
+Init = Literal["matvlm", "mimic", "random"]
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["float32", "bfloat16"]
+# Counts are stored in one byte.
+MAX_DRAWS = 255
+
+
+class Section(BaseModel):
+    """Strict and immutable: unknown keys are errors, because a misspelt setting must not silently be a default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StageSection(Section):
+    """A stage's settings; ``artifact`` (``name@version``) is where its result goes, the run's name at 1 by default."""
+
+    artifact: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]+@[1-9][0-9]*$")
+
+
+class TeacherConfig(Section):
+    """The pretrained model: a transformers folder with safetensors weights and processor files."""
+
+    path: str
+
+
+class PrepareConfig(StageSection):
+    """Raw conversations in the LLaVA format to the ``samples`` table."""
+
+    data: str
+    images: str = "."
+    shard_rows: int = Field(256, ge=1, le=65536)
+    max_length: int = Field(2048, ge=8)
+
+
+class SampledTargets(Section):
+    """Random-sampling knowledge distillation: N draws with replacement a position (arXiv 2503.16870)."""
+
+    kind: Literal["sampled"] = "sampled"
+    draws: int = Field(50, ge=1, le=MAX_DRAWS)
+    temperature: float = Field(1.0, gt=0)
+
+
+class TapsConfig(Section):
+    """Inputs and outputs of attention layers, kept for a fraction of the samples (chosen by ``sample_id``)."""
+
+    layers: Literal["replaced", "all"] | tuple[int, ...] = "replaced"
+    fraction: float = Field(0.25, ge=0, le=1)
+
+
+class CacheConfig(StageSection):
+    """What the teacher leaves behind: distribution targets at response positions, and taps."""
+
+    targets: SampledTargets = SampledTargets()
+    taps: TapsConfig = TapsConfig()
+    dtype: Dtype = "float32"
+    seed: int = 0
+
+
+class StudentConfig(Section):
+    """The hybrid: which layers become Mamba-2 and how their mixers start."""
+
+    layers: LayersConfig
+    init: Init = "mimic"
+
+
+class LossWeights(Section):
+    """α (KL), β (layer) and γ (cross-entropy) of the total loss."""
+
+    kl: float = Field(1.0, ge=0)
+    layer: float = Field(1.0, ge=0)
+    ce: float = Field(0.0, ge=0)
+
+
+class Phase(Section):
+    """Optimizer steps with one learning-rate schedule: linear warm-up, constant, cosine decay to zero."""
+
+    steps: int = Field(ge=1)
+    batch: int = Field(64, ge=1)
+    lr: float = Field(2e-4, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    decay_steps: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Phase":
+        if self.warmup_steps + self.decay_steps > self.steps:
+            raise ValueError(f"warmup_steps + decay_steps exceed steps ({self.steps})")
+        return self
+
+
+class AlignPhase(Phase):
+    """Mixers alone, from the taps: no model body runs."""
+
+    kind: Literal["align"]
+
+
+class DistillPhase(Phase):
+    """The whole student on cached targets, with the layer loss where a batch has taps."""
+
+    kind: Literal["distill"]
+    weights: LossWeights = LossWeights()
+
+    @model_validator(mode="after")
+    def _reaches_all(self) -> "DistillPhase":
+        if self.weights.kl == self.weights.ce == 0:
+            raise ValueError("weights.kl and weights.ce are both 0: the layer loss alone is an `align` phase")
+        return self
+
+
+class DistillConfig(StageSection):
+    """How the student is trained. Betas, decay and clipping default to MaTVLM's."""
+
+    phases: tuple[Annotated[AlignPhase | DistillPhase, Field(discriminator="kind")], ...] = Field(min_length=1)
+    layer_loss: Literal["mse", "frobenius"] = "mse"
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.01, ge=0)
+    clip: float = Field(0.1, gt=0)
+    dtype: Dtype = "float32"
+    seed: int = 0
+    checkpoint_every: int = Field(200, ge=1)
+
+
+class EvaluateConfig(StageSection):
+    """Exact match by greedy generation, and held-out KL, on records in the LLaVA format."""
+
+    data: str
+    images: str = "."
+    group_by: str | None = None
+    limit: int | None = Field(None, ge=1)
+    max_new_tokens: int = Field(16, ge=1)
+    untrained: bool = True
+    dtype: Dtype = "float32"
+
+
+class ExportConfig(StageSection):
+    """A self-contained folder: weights in the types that they have, configuration and processor."""
+
+
+class WorkerPlacement(Section):
+    """Resources of the workers of one stage."""
+
+    workers: int = Field(1, ge=1)
+    cpus_per_worker: float = Field(1.0, gt=0)
+    gpus_per_worker: float = Field(0.0, ge=0)
+    batch: int = Field(32, ge=1)
+
+
+class Placement(Section):
+    """Where the stages run. Changing it never changes what a stage makes, beyond the hardware's rounding."""
+
+    device: Device = "auto"
+    backend: Literal["auto", "torch", "mamba-ssm"] = "auto"
+    cache: WorkerPlacement = WorkerPlacement()
+    distill: WorkerPlacement = WorkerPlacement()
+    evaluate: WorkerPlacement = WorkerPlacement()
+
+
+class RunConfig(Section):
+    """One run: everything that the stages need, in one file."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    store: str
+    teacher: TeacherConfig
+    prepare: PrepareConfig
+    cache: CacheConfig = CacheConfig()
+    student: StudentConfig
+    distill: DistillConfig
+    evaluate: EvaluateConfig
+    export: ExportConfig = ExportConfig()
+    placement: Placement = Placement()
+
+    def ref(self, stage: str) -> ArtifactRef:
+        """The artifact that a stage of this run makes."""
+        section: StageSection = getattr(self, stage)
+        name, _, version = (section.artifact or f"{self.name}@1").partition("@")
+        return ArtifactRef(stage, name, int(version))

@@ -1,0 +1,37 @@
+"""The tree of errors that a user can meet, named by the moment in which they happen.
+
+Every message is complete in itself (what, where, expected, got, what to do next), because Ray hands a worker's
+exception to the driver as text and strips its type.
+"""
+
+
+class DecantError(ValueError):
+    """Anything that the user can put right; the command line prints it without a traceback."""
+
+
+class ConfigInvalid(DecantError):
+    """The run file or a ``--set`` override does not describe a run."""
+
+
+class SampleInvalid(DecantError):
+    """A record of the user's data cannot be used; names file, record and field."""
+
+
+class ArtifactMissing(DecantError):
+    """A stage's input has not been made yet; names the command that makes it."""
+
+
+class ArtifactDrift(DecantError):
+    """What is on disk was made from other settings; lists the fields that differ."""
+
+
+class ShardCorrupt(DecantError):
+    """A shard's bytes are not what its footer says."""
+
+
+class StoreUnavailable(DecantError):
+    """The artifact store cannot be read or written."""
+
+
+class BackendUnavailable(DecantError):
+    """A named backend is not installed or does not run on this hardware."""

@@ -1,0 +1,100 @@
+"""Reads a run file: YAML plus ``--set`` overrides to a ``RunConfig``, with errors that name file, field and remedy."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from schemas.config import RunConfig
+from schemas.errors import ConfigInvalid
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The validated run of a YAML file with ``a.b=value`` overrides applied.
+
+    Raises:
+        ConfigInvalid: the file is missing or not a mapping, or a field is unknown, missing or out of range.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise ConfigInvalid(f"{path}: no such run file; `jobs/configs/` has examples") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigInvalid(f"{path}: cannot be read as YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigInvalid(f"{path}: expected a mapping of settings, got {type(data).__name__}")
+    for override in overrides:
+        _apply(data, override)
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigInvalid(f"{path}: " + _explain(error)) from None
+
+
+def dump_run(run: RunConfig) -> str:
+    """The run as YAML, every default written out."""
+    return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    parts = key.split(".")
+    if not separator or not all(parts):
+        raise ConfigInvalid(f"--set {override}: expected a.b=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigInvalid(f"--set {override}: the value is not YAML: {error}") from None
+    node: Any = data
+    for part in parts[:-1]:
+        node = _child(node, part, override)
+    if isinstance(node, list):
+        node[_index(node, parts[-1], override)] = value
+    else:
+        node[parts[-1]] = value
+
+
+def _child(node: Any, part: str, override: str) -> Any:
+    if isinstance(node, list):
+        child = node[_index(node, part, override)]
+    else:
+        child = node.setdefault(part, {})
+        if child is None:
+            child = node[part] = {}
+    if not isinstance(child, (dict, list)):
+        raise ConfigInvalid(f"--set {override}: `{part}` holds the value {child!r}, which has no fields")
+    return child
+
+
+def _index(node: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise ConfigInvalid(f"--set {override}: `{part}` is not an index from 0 to {len(node) - 1}")
+    return int(part)
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        path = ".".join(str(p) for p in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = "unknown field" + _suggestion(item["loc"])
+        elif item["type"] == "missing":
+            message = "is required"
+        else:
+            message += f" (got {item['input']!r})"
+        lines.append(f"{path}: {message}")
+    return "; ".join(lines)
+
+
+def _suggestion(location: tuple[int | str, ...]) -> str:
+    """The nearest known name of any section, since a misplaced field is as common as a misspelt one."""
+    known = dict.fromkeys(RunConfig.model_fields, "")
+    for section, field in RunConfig.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            known |= dict.fromkeys(field.annotation.model_fields, section + ".")
+    close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.7)
+    return f"; did you mean `{known[close[0]]}{close[0]}`?" if close else ""
