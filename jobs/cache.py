@@ -25,7 +25,7 @@ from pipeline.shards import column_bytes, fold_manifest, read_manifest, read_sha
 from pipeline.stage import Stage, require
 from pipeline.store import Store
 from schemas.artifacts import ArtifactRef
-from schemas.config import CacheConfig, Device, RunConfig, WorkerPlacement
+from schemas.config import CacheConfig, CachePlacement, Device, RunConfig
 from schemas.tables import SAMPLES, targets_table
 
 # CPUs of one decoding task; not the teacher's, or Ray would fuse the two operators.
@@ -62,25 +62,29 @@ def stage(run: RunConfig) -> Stage:
     }
 
     def work(store: Store, fingerprint: str) -> dict[str, Any]:
-        place = run.placement.cache
-        job = CacheJob(
-            store=open_store(run).url,
-            samples=run.ref("prepare"),
-            targets=run.ref("cache"),
-            teacher=teacher_path(run),
-            config=config,
-            tapped=tapped,
-            fingerprint=fingerprint,
-            device=run.placement.device,
-            batch=place.batch,
-            threads=max(1, round(place.cpus_per_worker)),
-        )
-        return _cache(store, job, place)
+        return _cache(store, cache_job(run, fingerprint), run.placement.cache)
 
     return Stage(run.ref("cache"), (run.ref("prepare"),), settings, work, resolved(run))
 
 
-def _cache(store: Store, job: CacheJob, place: WorkerPlacement) -> dict[str, Any]:
+def cache_job(run: RunConfig, fingerprint: str) -> CacheJob:
+    """What the workers of this run's cache need."""
+    place = run.placement.cache
+    return CacheJob(
+        store=open_store(run).url,
+        samples=run.ref("prepare"),
+        targets=run.ref("cache"),
+        teacher=teacher_path(run),
+        config=run.cache,
+        tapped=tapped_layers(run),
+        fingerprint=fingerprint,
+        device=run.placement.device,
+        batch=place.batch,
+        threads=max(1, round(place.cpus_per_worker)),
+    )
+
+
+def _cache(store: Store, job: CacheJob, place: CachePlacement) -> dict[str, Any]:
     samples = read_manifest(store, job.samples)
     todo = uncommitted(store, job.targets, len(samples.shards))
     if todo:
@@ -105,9 +109,9 @@ def _cache(store: Store, job: CacheJob, place: WorkerPlacement) -> dict[str, Any
     }
 
 
-def _run_dataset(job: CacheJob, place: WorkerPlacement, todo: list[int], rows: int) -> None:
+def _run_dataset(job: CacheJob, place: CachePlacement, todo: list[int], rows: int) -> None:
     import ray
-    from ray.data import ActorPoolStrategy, DataContext
+    from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
     context = DataContext.get_current()
     context.target_max_block_size = None  # a block is a shard, whatever its size
@@ -121,7 +125,7 @@ def _run_dataset(job: CacheJob, place: WorkerPlacement, todo: list[int], rows: i
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=DECODE_CPUS,
-            zero_copy_batch=True,
+            compute=TaskPoolStrategy(size=place.decoders),
         )
         .map_batches(
             TeacherActor,

@@ -43,7 +43,6 @@ class DistillJob:
     teacher: str
     plan: LayerPlan
     tapped: tuple[int, ...]
-    needs_taps: bool
     fingerprint: str
 
 
@@ -54,9 +53,8 @@ def stage(run: RunConfig) -> Stage:
         ConfigInvalid: the recipe needs taps of layers that the cache does not hold.
     """
     config, plan, tapped = run.distill, layer_plan(run), tapped_layers(run)
-    needs_taps = any(p.kind == "align" or p.weights.layer > 0 for p in config.phases)
     lacking = sorted(set(plan.replaced) - set(tapped))
-    if needs_taps and lacking:
+    if needs_taps(run) and lacking:
         raise ConfigInvalid(
             f"cache.taps: the recipe has a layer loss, but the cache holds no taps of layers {lacking}; "
             "set cache.taps.fraction above 0 and cache.taps.layers to `replaced`, or the layer weights to 0"
@@ -74,10 +72,19 @@ def stage(run: RunConfig) -> Stage:
     }
 
     def work(store: Store, fingerprint: str) -> dict[str, Any]:
-        job = DistillJob(run, open_store(run).url, teacher_path(run), plan, tapped, needs_taps, fingerprint)
-        return _distill(store, job)
+        return _distill(store, distill_job(run, fingerprint))
 
     return Stage(run.ref("distill"), (run.ref("prepare"), run.ref("cache")), settings, work, resolved(run))
+
+
+def needs_taps(run: RunConfig) -> bool:
+    """Whether any phase has a layer loss."""
+    return any(p.kind == "align" or p.weights.layer > 0 for p in run.distill.phases)
+
+
+def distill_job(run: RunConfig, fingerprint: str) -> DistillJob:
+    """What the workers of this run's training need."""
+    return DistillJob(run, open_store(run).url, teacher_path(run), layer_plan(run), tapped_layers(run), fingerprint)
 
 
 def _distill(store: Store, job: DistillJob) -> dict[str, Any]:
@@ -160,9 +167,9 @@ def train_worker(config: dict[str, Any]) -> None:
     worker = Worker(context.get_world_rank(), context.get_world_size(), device)
 
     def report(entry: dict[str, Any]) -> None:
+        # not `ray.train.report`: it waits for the controller's next poll, seconds that a logged step does not have
         if worker.rank == 0:
-            mailbox.put(entry)
-        ray.train.report(entry)
+            mailbox.put_nowait(entry)
 
     train_student(job, worker, report)
 
@@ -180,7 +187,7 @@ def train_student(job: DistillJob, worker: Worker, report: Any) -> None:
         run.ref("cache"),
         run.cache,
         job.tapped,
-        job.plan.replaced if job.needs_taps else (),
+        job.plan.replaced if needs_taps(run) else (),
         load_processor(job.teacher),
     )
     training = Training(

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from jobs.distill import WEIGHTS
 from jobs.stages import layer_plan, resolved, teacher_digests, teacher_path
-from pipeline.models import MODEL_FILES, PROCESSOR_SUFFIXES
+from pipeline.folders import folder_config, processor_files
 from pipeline.ops.opset import TORCH
 from pipeline.stage import Stage
 from pipeline.store import Store
@@ -50,7 +50,7 @@ def _export(store: Store, run: RunConfig) -> dict[str, Any]:
 
 def merged_student(store: Store, run: RunConfig) -> PreTrainedModel:
     """The student on the CPU: frozen weights in the type of the teacher's files, trained ones in float32."""
-    config = json.loads((Path(run.teacher.path) / "config.json").read_text())
+    config = folder_config(run.teacher.path)
     stored = config.get("dtype") or config.get("torch_dtype") or "float32"
     model = build_student(
         teacher_path(run),
@@ -76,10 +76,8 @@ def write_folder(student: PreTrainedModel, teacher: str, folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     student.config.save_pretrained(folder)
     (folder / HYBRID_FILE).write_text(json.dumps(describe(student), indent=1) + "\n")
-    skipped = {"config.json", "training.json", "model.safetensors.index.json"}
-    for path in Path(teacher).iterdir():
-        wanted = path.name in MODEL_FILES or path.suffix in PROCESSOR_SUFFIXES
-        if path.is_file() and wanted and path.name not in skipped:
+    for path in [Path(teacher) / "generation_config.json", *processor_files(teacher)]:
+        if path.is_file():
             shutil.copyfile(path, folder / path.name)
 
 

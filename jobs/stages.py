@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.models import decoder_layers, folder_digests
+from pipeline.folders import folder_digests, text_config
 from pipeline.stage import run_stage, status
 from pipeline.store import Store
 from schemas.config import RunConfig
@@ -48,7 +48,7 @@ def teacher_digests(path: str) -> dict[str, str]:
 def layer_plan(run: RunConfig) -> LayerPlan:
     """The run's replaced layers, checked against the teacher's configuration."""
     teacher_digests(run.teacher.path)
-    return plan_layers(run.student.layers, decoder_layers(run.teacher.path))
+    return plan_layers(run.student.layers, text_config(run.teacher.path)["num_hidden_layers"])
 
 
 def tapped_layers(run: RunConfig) -> tuple[int, ...]:

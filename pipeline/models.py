@@ -1,8 +1,5 @@
-"""Pretrained models on disk: what a folder holds, its digest, and loading it without network, pickle or remote code."""
+"""Loads pretrained models without network, pickle or remote code, and names the parts of one."""
 
-import hashlib
-import json
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,11 +14,6 @@ from transformers import (
 )
 
 from schemas.config import Device
-from schemas.errors import ConfigInvalid
-
-MODEL_FILES = ("config.json", "generation_config.json")
-# What a folder may hold beside weights and configuration that changes how text or images are read.
-PROCESSOR_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 
 
 def pick_device(device: Device) -> torch.device:
@@ -29,41 +21,6 @@ def pick_device(device: Device) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)
-
-
-def folder_digests(path: str) -> dict[str, str]:
-    """Digests of a model folder: ``weights`` (configuration and safetensors) and ``processor`` (everything textual).
-
-    Raises:
-        ConfigInvalid: the folder has no configuration or no safetensors weights.
-    """
-    folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise ConfigInvalid(f"teacher.path: {path}: is not a transformers folder (no config.json)")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise ConfigInvalid(f"teacher.path: {path}: has no safetensors weights; pickled weights are not read")
-    model = [folder / name for name in MODEL_FILES if (folder / name).is_file()] + weights
-    skipped = {*MODEL_FILES, "training.json", "model.safetensors.index.json"}
-    processor = sorted(
-        p for p in folder.iterdir() if p.is_file() and p.suffix in PROCESSOR_SUFFIXES and p.name not in skipped
-    )
-    return {"weights": _digest(model), "processor": _digest(processor)}
-
-
-def _digest(files: list[Path]) -> str:
-    state = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            state.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()};".encode())
-    return state.hexdigest()[:32]
-
-
-def decoder_layers(path: str) -> int:
-    """Number of decoder layers, read from the configuration alone (no torch model is built)."""
-    config = json.loads((Path(path) / "config.json").read_text())
-    text = config.get("text_config", config)
-    return int(text["num_hidden_layers"])
 
 
 def load_processor(path: str) -> Any:

@@ -64,9 +64,8 @@ def read_shard(
     """
     where = store.path(f"{ref}/{info.name}")
     try:
-        data = pq.read_table(
-            pa.BufferReader(store.read(f"{ref}/{info.name}")), columns=list(columns) if columns else None
-        )
+        with store.fs.open(where, "rb") as file:
+            data = pq.read_table(file, columns=list(columns) if columns else None)
     except (pa.ArrowException, OSError) as error:
         raise ShardCorrupt(
             f"{where}: cannot be read as Parquet: {error}; remove it and run `decant {ref.kind}`"

@@ -157,12 +157,18 @@ class WorkerPlacement(Section):
     batch: int = Field(32, ge=1)
 
 
+class CachePlacement(WorkerPlacement):
+    """Teacher workers, and the CPU workers that decode images for them."""
+
+    decoders: int = Field(2, ge=1)
+
+
 class Placement(Section):
     """Where the stages run. Changing it never changes what a stage makes, beyond the hardware's rounding."""
 
     device: Device = "auto"
     backend: Literal["auto", "torch", "mamba-ssm"] = "auto"
-    cache: WorkerPlacement = WorkerPlacement()
+    cache: CachePlacement = CachePlacement()
     distill: WorkerPlacement = WorkerPlacement()
     evaluate: WorkerPlacement = WorkerPlacement()
 

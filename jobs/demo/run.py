@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from jobs.stages import NAMES, open_store, run_named
+from pipeline.folders import text_config
 from schemas.config import RunConfig
 from schemas.runfile import dump_run, load_run
 
@@ -66,8 +67,7 @@ def write_report(run: RunConfig) -> tuple[dict[str, Any], str]:
     from pipeline.report.build import ReportSource, collect, page
 
     store = open_store(run)
-    config = json.loads((Path(run.teacher.path) / "config.json").read_text())
-    vocabulary = config.get("text_config", config)["vocab_size"]
+    vocabulary = text_config(run.teacher.path)["vocab_size"]
     refs = {name: run.ref(name) for name in NAMES}
     report = collect(store, ReportSource(refs, f"{run.ref('distill')}/{CURVE}", vocabulary))
     store.write("report.json", (json.dumps(report, indent=1) + "\n").encode())
@@ -83,4 +83,5 @@ def _summary(report: dict[str, Any], out: Console) -> None:
     for group in report["teacher"]["exact_match"]:
         table.add_row(group, *(f"{100 * report[w]['exact_match'][group]['value']:.1f} %" for w in whos))
     out.print(table)
-    out.print(f"the student keeps {100 * report['recovery']:.1f} % of the teacher's exact match")
+    if report["recovery"] is not None:
+        out.print(f"the student keeps {100 * report['recovery']:.1f} % of the teacher's exact match")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -27,6 +28,8 @@ from schemas.tables import SAMPLES, Table, tap_columns, targets_table
 
 # Batches decoded ahead of the step that needs them.
 AHEAD = 2
+# Decoded shards kept in memory; a small cache is then read once, a large one window by window.
+MEMORY_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,8 @@ class CachedBatches:
         self.pad_id = pad_id_of(getattr(processor, "tokenizer", processor))
         self.table = targets_table(tapped)
         self.tap_names = [c.name for layer in layers for c in tap_columns(layer)]
-        self._shards: OrderedDict[tuple[str, int], list[dict[str, Any]]] = OrderedDict()
+        self._shards: OrderedDict[tuple[str, int], tuple[list[dict[str, Any]], int]] = OrderedDict()
+        self._held = 0
 
     def stream(self, phase: AlignPhase | DistillPhase, seed: int, start: int, rank: int, world: int) -> Iterator[Batch]:
         """The worker's batches of the phase's steps from ``start`` on."""
@@ -204,16 +208,22 @@ class CachedBatches:
         }
 
     def _rows(self, part: str, shard: int) -> list[dict[str, Any]]:
-        """Rows of one shard, of the samples, the targets or the taps; the latest ``WINDOW`` + 1 shards of each stay."""
+        """Rows of one shard, of the samples, the targets or the taps; the latest used stay in memory.
+
+        At least one window of shards stays, or every step would read them anew.
+        """
         key = (part, shard)
         if key not in self._shards:
-            self._shards[key] = self._read(part, shard)
-            if len(self._shards) > 3 * (WINDOW + 1):
-                self._shards.popitem(last=False)
+            data = self._read(part, shard)
+            self._shards[key] = (data.to_pylist(), data.nbytes)
+            self._held += data.nbytes
+            while self._held > MEMORY_BYTES and len(self._shards) > 3 * (WINDOW + 1):
+                _, (_, freed) = self._shards.popitem(last=False)
+                self._held -= freed
         self._shards.move_to_end(key)
-        return self._shards[key]
+        return self._shards[key][0]
 
-    def _read(self, part: str, shard: int) -> list[dict[str, Any]]:
+    def _read(self, part: str, shard: int) -> pa.Table:
         samples, targets = self.refs
         table: Table = SAMPLES if part == "samples" else self.table
         columns = {
@@ -223,5 +233,4 @@ class CachedBatches:
         }[part]
         manifest = self.index.samples if part == "samples" else self.index.targets
         ref = samples if part == "samples" else targets
-        rows: list[dict[str, Any]] = read_shard(self.store, ref, table, manifest.shards[shard], columns).to_pylist()
-        return rows
+        return read_shard(self.store, ref, table, manifest.shards[shard], columns)

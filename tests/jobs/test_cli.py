@@ -1,0 +1,136 @@
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from click.testing import Result
+from typer.testing import CliRunner
+
+from jobs.cli import app
+
+GOLDEN = Path("tests/golden/options.txt")
+
+
+def decant(*arguments: str) -> Result:
+    """The command's exit code and output, in this process."""
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
+
+
+def options() -> str:
+    lines = []
+    for name, command in sorted(typer.main.get_command(app).commands.items()):  # type: ignore[attr-defined]
+        shown = [
+            " / ".join(p.opts) + (f" {p.metavar}" if p.metavar else "") for p in command.params if p.name != "help"
+        ]
+        lines.append(f"{name}: {', '.join(shown)}")
+    return "\n".join(lines) + "\n"
+
+
+def test_command_line_options_are_the_golden_file() -> None:
+    assert options() == GOLDEN.read_text()
+
+
+def test_help_and_configuration_check_import_no_framework() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; import jobs.cli, schemas.runfile;"
+        "assert CliRunner().invoke(jobs.cli.app, ['--help']).exit_code == 0;"
+        "schemas.runfile.load_run('jobs/configs/demo.yaml');"
+        "print(sorted({'torch', 'ray', 'transformers', 'deepspeed'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def refused(done: Result, *says: str) -> None:
+    assert done.exit_code == 2, done.stdout + done.stderr
+    assert isinstance(done.exception, SystemExit)
+    text = re.sub(r"\s+", " ", done.stderr)
+    for part in says:
+        assert part in text
+
+
+def committed(store: str) -> list[str]:
+    return [p.name for p in Path(store).rglob("*") if p.is_file() and p.name != "identity.json"]
+
+
+def test_unknown_key_is_refused(run_file: Path, settings: dict[str, Any]) -> None:
+    run_file.write_text(yaml.safe_dump({**settings, "studnet": {}}))
+    refused(decant("prepare", str(run_file)), "ConfigInvalid", str(run_file), "studnet: unknown field", "student")
+    assert committed(settings["store"]) == []
+
+
+def test_ratio_that_replaces_no_layer_is_refused(run_file: Path, settings: dict[str, Any]) -> None:
+    done = decant("cache", str(run_file), "--set", "student.layers.ratio=0.05")
+    refused(done, "student.layers.ratio: 0.05 of 4 decoder layers replaces no layer", "0.25")
+    assert committed(settings["store"]) == []
+
+
+def test_missing_input_names_the_command(run_file: Path) -> None:
+    refused(decant("cache", str(run_file)), "ArtifactMissing", "prepare/tiny@1", "decant prepare RUN.yaml")
+
+
+def broken_data(settings: dict[str, Any], folder: Path, kind: str) -> str:
+    records = json.loads(Path(settings["prepare"]["data"]).read_text())
+    if kind == "image missing":
+        records[5]["image"] = "images/train/none.png"
+    elif kind == "image broken":
+        (folder / "broken.png").write_bytes(b"not a picture")
+        records[5]["image"] = str(folder / "broken.png")
+    elif kind == "no answer":
+        records[5]["conversations"] = records[5]["conversations"][:1]
+    elif kind == "empty":
+        records = []
+    path = folder / "broken.json"
+    path.write_text(json.dumps(records))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("image missing", ["record train-000005: image:", "none.png: No such file"]),
+        ("image broken", ["record train-000005: image:", "broken.png: cannot be decoded"]),
+        ("no answer", ["record 5 (id train-000005): conversations: the conversation has no answer"]),
+        ("empty", ["the data set is empty"]),
+    ],
+)
+def test_bad_data_is_named_and_leaves_no_artifact(
+    run_file: Path, settings: dict[str, Any], tmp_path: Path, kind: str, says: list[str]
+) -> None:
+    data = broken_data(settings, tmp_path, kind)
+    refused(decant("prepare", str(run_file), "--set", f"prepare.data={data}"), "SampleInvalid", data, *says)
+    # whole shards before the bad record may stay; no manifest, no record, nothing half-written
+    assert all(re.fullmatch(r"shard-00000[01]\.parquet", name) for name in committed(settings["store"]))
+
+
+def test_unwritable_run_folder_is_named(run_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    store = str(tmp_path / "file" / "store")
+    refused(decant("prepare", str(run_file), "--set", f"store={store}"), "StoreUnavailable", store, "is writable")
+
+
+def test_dry_run_writes_nothing_and_shows_the_resolved_run(run_file: Path, settings: dict[str, Any]) -> None:
+    done = decant("prepare", str(run_file), "--dry-run", "--set", "cache.seed=7")
+    assert done.exit_code == 0, done.stderr
+    shown = yaml.safe_load(done.stdout)
+    assert shown["cache"]["seed"] == 7
+    assert shown["distill"]["clip"] == 0.1
+    assert "prepare/tiny@1 would be made" in done.stdout
+    assert not Path(settings["store"]).exists()
+
+
+def test_second_run_says_that_nothing_is_to_be_done_and_drift_names_the_field(run_file: Path) -> None:
+    first = decant("prepare", str(run_file))
+    assert first.exit_code == 0, first.stderr
+    assert "prepare/tiny@1 done in" in first.stdout
+    assert "is already done" in decant("prepare", str(run_file)).stdout
+    drift = decant("prepare", str(run_file), "--set", "prepare.shard_rows=8")
+    refused(drift, "ArtifactDrift", "settings.shard_rows: 4 -> 8", "tiny@2")
+    shown = decant("inspect", str(run_file)).stdout
+    assert re.search(r"prepare\s*│\s*prepare/tiny@1\s*│\s*done", shown)
+    assert re.search(r"cache\s*│\s*cache/tiny@1\s*│\s*not made", shown)

@@ -1,0 +1,119 @@
+import numpy as np
+import pytest
+import torch
+
+from pipeline.losses import full_kl, gold_cross_entropy, layer_loss, sampled_kl
+from pipeline.taps import decode_tap, encode_tap, is_tapped
+from pipeline.targets import SparseTargets, decode_draws, draw, encode_draws, uniforms
+from schemas.config import SampledTargets
+from tests.tolerances import BFLOAT16_RELATIVE, SIGMAS
+
+
+def logits(positions: int = 3, vocabulary: int = 11, seed: int = 0) -> torch.Tensor:
+    return 2 * torch.randn(positions, vocabulary, generator=torch.Generator().manual_seed(seed))
+
+
+def targets_of(z: torch.Tensor, draws: int, temperature: float = 1.0, seed: int = 0) -> SparseTargets:
+    u = np.concatenate([uniforms(f"s{i}", seed, 1, draws) for i in range(len(z))])
+    ids, entropy = draw(z, torch.from_numpy(u), temperature)
+    row = {**encode_draws(ids.numpy(), z.shape[1]), "entropy": entropy.numpy().astype("<f2").tobytes()}
+    return decode_draws([row], SampledTargets(draws=min(draws, 255)))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draws_follow_the_teachers_distribution(temperature: float) -> None:
+    z, n = logits(), 40_000
+    u = torch.from_numpy(np.random.default_rng(0).random((3, n)))
+    ids, entropy = draw(z, u, temperature)
+    p = torch.softmax(z / temperature, -1)
+    for row in range(3):
+        share = torch.bincount(ids[row], minlength=11) / n
+        assert ((share - p[row]).abs() <= SIGMAS * (p[row] * (1 - p[row]) / n).sqrt()).all()
+    torch.testing.assert_close(entropy.float(), -(p * p.log()).sum(-1))
+
+
+def test_draws_depend_on_sample_position_and_seed_only() -> None:
+    long, short = uniforms("a", 0, 10, 50), uniforms("a", 0, 4, 50)
+    assert np.array_equal(long[:4], short)
+    assert not np.array_equal(uniforms("a", 1, 4, 50), short)
+    assert not np.array_equal(uniforms("b", 0, 4, 50), short)
+
+
+@pytest.mark.parametrize("vocabulary", [65536, 65537])
+def test_encoded_draws_decode_to_their_counts(vocabulary: int) -> None:
+    ids = np.array([[5, 5, 7, 5], [vocabulary - 1, 0, 0, vocabulary - 1], [3, 3, 3, 3]])
+    row = {**encode_draws(ids, vocabulary), "entropy": np.array([1, 2, 0], "<f2").tobytes()}
+    assert row["ids_dtype"] == ("uint16" if vocabulary == 65536 else "uint32")
+    assert len(row["counts"]) == 5
+    found = decode_draws([row, row], SampledTargets(draws=4))
+    assert found.row.tolist() == [0, 0, 1, 1, 2, 3, 3, 4, 4, 5]
+    assert found.ids.tolist() == [5, 7, 0, vocabulary - 1, 3] * 2
+    assert found.share.tolist() == [0.75, 0.25, 0.5, 0.5, 1.0] * 2
+    assert found.entropy.tolist() == [1, 2, 0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 100])
+def test_chunked_losses_are_the_dense_ones_with_their_gradients(chunk: int) -> None:
+    z = logits(5, 13)
+    targets = targets_of(z, 50)
+    torch.manual_seed(0)
+    head = torch.nn.Linear(6, 13)
+    gold = torch.tensor([0, 3, 12, 5, 1])
+    dense_p = torch.zeros(5, 13)
+    dense_p[targets.row, targets.ids] = targets.share
+    found = []
+    for dense in (True, False):
+        hidden = torch.randn(5, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        if dense:
+            logq = torch.log_softmax(head(hidden), -1)
+            loss = -(dense_p * logq).sum() - targets.entropy.sum() - logq[torch.arange(5), gold].sum()
+        else:
+            loss = sampled_kl(hidden, head, targets, 1.0, chunk) + gold_cross_entropy(hidden, head, gold, chunk)
+        found.append((loss.detach(), *torch.autograd.grad(loss, [hidden, head.weight])))
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_sampled_gradient_is_unbiased_for_the_full_distribution() -> None:
+    z, repeats, n = logits(1, 9), 400, 50
+    student = torch.randn(1, 9, generator=torch.Generator().manual_seed(3))
+    p, q = torch.softmax(z, -1)[0], torch.softmax(student, -1)[0]
+    total = torch.zeros(9)
+    for seed in range(repeats):
+        targets = targets_of(z, n, seed=seed)
+        hidden = student.clone().requires_grad_()
+        sampled_kl(hidden, torch.nn.Identity(), targets, 1.0).backward()
+        total += hidden.grad[0]  # type: ignore[index]
+    # the gradient is q - count / N, so its mean has the binomial deviation of repeats x n draws
+    bound = SIGMAS * (p * (1 - p) / (n * repeats)).sqrt()
+    assert ((total / repeats - (q - p)).abs() <= bound).all()
+
+
+def test_full_kl_is_zero_for_equal_logits_and_torchs_otherwise() -> None:
+    a, b = logits(4), logits(4, seed=1)
+    assert torch.equal(full_kl(a, a), torch.zeros(4))
+    expected = torch.nn.functional.kl_div(b.log_softmax(-1), a.log_softmax(-1), reduction="none", log_target=True)
+    torch.testing.assert_close(full_kl(a, b), expected.sum(-1))
+
+
+def test_layer_loss_ignores_padding_and_is_one_a_token_for_an_output_of_zero() -> None:
+    target = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]], dtype=torch.bool)
+    power = float((target.square().sum(-1) * mask).sum() / mask.sum())
+    poisoned = torch.where(mask[..., None], 0.0, 1e6)
+    assert float(layer_loss(poisoned, target, mask, "mse", power)) == pytest.approx(5.0)
+    expected = float((target * mask[..., None]).norm())
+    assert float(layer_loss(poisoned, target, mask, "frobenius", power)) == pytest.approx(expected)
+
+
+def test_taps_keep_bfloat16_and_choose_samples_by_themselves() -> None:
+    value = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    back = decode_tap(encode_tap(value), 6)
+    assert torch.equal(back, value.to(torch.bfloat16))
+    torch.testing.assert_close(back.float(), value, rtol=BFLOAT16_RELATIVE, atol=0)
+    ids = [f"{i:032x}" for i in range(4000)]
+    chosen = [i for i in ids if is_tapped(i, 0.25, 0)]
+    assert abs(len(chosen) / 4000 - 0.25) <= SIGMAS * (0.25 * 0.75 / 4000) ** 0.5
+    assert set(chosen) <= {i for i in ids if is_tapped(i, 0.5, 0)}
+    assert not any(is_tapped(i, 0.0, 0) for i in ids)
+    assert all(is_tapped(i, 1.0, 0) for i in ids)

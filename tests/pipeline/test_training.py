@@ -1,0 +1,262 @@
+"""Training from a real cache in this process, without Ray."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load
+from transformers.models.llava.modeling_llava import LlavaModel
+
+import pipeline.capture
+from jobs import cache, distill, prepare
+from jobs.stages import layer_plan, open_store, tapped_layers, teacher_path
+from pipeline.mixer import Mamba2Mixer
+from pipeline.models import body, head, load_model, load_processor
+from pipeline.ops.opset import TORCH
+from pipeline.shards import fold_manifest, read_manifest, uncommitted
+from pipeline.stage import Stage, run_stage
+from pipeline.store import Store
+from pipeline.student import build_student
+from pipeline.training.batches import CachedBatches
+from pipeline.training.loop import Worker
+from schemas.config import AlignPhase, DistillPhase, RunConfig
+from schemas.errors import ConfigInvalid
+from schemas.tables import targets_table
+from tests.tolerances import BFLOAT16_RELATIVE
+
+WORKER = Worker(0, 1, torch.device("cpu"))
+RunOf = Callable[..., RunConfig]
+
+
+def make_cache(run: RunConfig) -> Store:
+    """Runs `prepare` and, in this process, what the Ray actors of `cache` run."""
+    store = open_store(run)
+    run_stage(store, prepare.stage(run))
+    planned = cache.stage(run)
+
+    def work(store: Store, fingerprint: str) -> dict[str, Any]:
+        job = cache.cache_job(run, fingerprint)
+        count = len(read_manifest(store, job.samples).shards)
+        actor = cache.TeacherActor(job)
+        for index in uncommitted(store, job.targets, count):
+            actor(cache.decode_shard(pa.table({"shard": [index]}), job))
+        fold_manifest(store, job.targets, targets_table(job.tapped), count, fingerprint)
+        return {}
+
+    run_stage(store, Stage(planned.ref, planned.inputs, planned.settings, work))
+    return store
+
+
+def train(run: RunConfig, report: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, torch.Tensor]:
+    """Trains in this process; returns the trained parameters."""
+    distill.train_student(distill.distill_job(run, "f" * 32), WORKER, report)
+    return load(open_store(run).read(f"{run.ref('distill')}/{distill.WEIGHTS}"))
+
+
+def batches_of(run: RunConfig) -> CachedBatches:
+    store = open_store(run)
+    processor = load_processor(teacher_path(run))
+    tapped = tapped_layers(run)
+    return CachedBatches(
+        store, run.ref("prepare"), run.ref("cache"), run.cache, tapped, layer_plan(run).replaced, processor
+    )
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("dies_at", [(0, 1), (0, 4), (1, 1), (1, 6)])
+def test_training_that_dies_at_any_step_resumes_to_identical_weights(
+    run_of: RunOf, dies_at: tuple[int, int], tmp_path: Any
+) -> None:
+    run = run_of()
+    make_cache(run)
+    twice = run_of(distill={**run.distill.model_dump(), "artifact": "twice@1"})
+    seen: list[tuple[int, int]] = []
+
+    def die(entry: dict[str, Any]) -> None:
+        seen.append((entry["phase"], entry["step"]))
+        if seen[-1] == dies_at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(twice, die)
+    resumed, whole = train(twice), train(run)
+    assert set(resumed) == set(whole)
+    for name, value in whole.items():
+        assert torch.equal(resumed[name], value), name
+
+
+def test_training_never_calls_the_teacher(run_of: RunOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of()
+    make_cache(run)
+    forward = LlavaModel.forward
+
+    def students_only(self: LlavaModel, *args: Any, **kwargs: Any) -> Any:
+        if not any(isinstance(m, Mamba2Mixer) for m in self.modules()):
+            raise AssertionError("the teacher was called")
+        return forward(self, *args, **kwargs)
+
+    def no_teacher(*_: Any) -> None:
+        raise AssertionError("a teacher was made")
+
+    monkeypatch.setattr(LlavaModel, "forward", students_only)
+    monkeypatch.setattr(pipeline.capture.Teacher, "__init__", no_teacher)
+    with pytest.raises(AssertionError, match="the teacher was called"):
+        body(load_model(teacher_path(run), torch.float32, WORKER.device))(input_ids=torch.tensor([[5]]))
+    assert train(run)
+
+
+def test_only_mixers_and_connector_change_and_align_leaves_the_connector(run_of: RunOf) -> None:
+    run = run_of()
+    store = make_cache(run)
+    trained = train(run)
+    initial = load(store.read(f"{run.ref('distill')}/{distill.INITIAL}"))
+    assert set(trained) == set(initial)
+    assert all(not torch.equal(trained[n], initial[n]) for n in trained)
+    align = run_of(distill={"phases": [{"kind": "align", "steps": 3, "batch": 4, "lr": 1e-3}], "artifact": "align@1"})
+    aligned = train(align)
+    moved = {n for n in aligned if not torch.equal(aligned[n], initial[n])}
+    assert moved == {n for n in aligned if ".self_attn." in n}
+
+
+def test_training_lowers_both_losses(run_of: RunOf) -> None:
+    phases = [
+        {"kind": "align", "steps": 40, "batch": 8, "lr": 1e-2},
+        {"kind": "distill", "steps": 40, "batch": 8, "lr": 3e-3},
+    ]
+    run = run_of(distill={"phases": phases, "clip": 1.0})
+    make_cache(run)
+    curve: list[dict[str, Any]] = []
+    train(run, curve.append)
+    align, joint = ([e for e in curve if e["phase"] == p] for p in (0, 1))
+    assert align[-1]["loss"] < 0.7 * align[0]["loss"]
+    assert joint[-1]["kl"] < 0.7 * joint[0]["kl"]
+
+
+def test_batch_holds_what_the_teacher_said(run_of: RunOf) -> None:
+    """Against a teacher run here: predicted positions, taps and entropies of a batch are the teacher's own."""
+    run = run_of()
+    make_cache(run)
+    phase = DistillPhase(kind="distill", steps=1, batch=6)
+    batch = batches_of(run).batch(phase, 0, 0, 0, 1)
+    teacher = load_model(teacher_path(run), torch.float32, WORKER.device)
+    assert batch.positions is not None
+    assert batch.targets is not None
+    assert batch.taps is not None
+    hidden = body(teacher)(**batch.inputs, use_cache=False).last_hidden_state
+    logits = head(teacher)(hidden[batch.positions[:, 0], batch.positions[:, 1]])
+    p = logits.softmax(-1)
+    # float16 keeps eleven bits of an entropy below 5 nats
+    torch.testing.assert_close(batch.targets.entropy, -(p * p.log()).sum(-1), rtol=2**-10, atol=1e-4)
+    assert torch.bincount(batch.targets.row, batch.targets.share).tolist() == pytest.approx([1.0] * len(p))
+    following = batch.inputs["input_ids"][batch.positions[:, 0], batch.positions[:, 1] + 1]
+    assert torch.equal(batch.gold, following)
+    assert batch.global_positions == len(p)
+    (layer,) = batch.taps.layers
+    value_in, value_out = batch.taps.layers[layer]
+    attention = body(teacher).language_model.layers[layer].self_attn
+    lengths = batch.taps.mask.sum(1)
+    assert int(lengths.sum()) == batch.global_tap_tokens
+    positions = torch.arange(value_in.shape[1])[None]
+    rotary = body(teacher).language_model.rotary_emb(value_in.float(), positions)
+    again, _ = attention(hidden_states=value_in.float(), position_embeddings=rotary, attention_mask=None)
+    scale = float(value_out.float().abs().max())
+    real = batch.taps.mask
+    torch.testing.assert_close(
+        again[real], value_out.float()[real], rtol=4 * BFLOAT16_RELATIVE, atol=4 * BFLOAT16_RELATIVE * scale
+    )
+
+
+def test_another_batch_size_draws_the_same_ids(run_of: RunOf, tmp_path: Path) -> None:
+    run = run_of()
+    store = make_cache(run)
+    again = run_of(store=str(tmp_path / "again"), placement={"cache": {"batch": 1}})
+    other = make_cache(again)
+    for shard in read_manifest(store, run.ref("cache")).shards:
+        one, two = (pq.read_table(s.path(f"{run.ref('cache')}/{shard.name}")) for s in (store, other))
+        for column in ("sample_id", "ids", "counts", "n_unique"):
+            assert one[column].equals(two[column]), (shard.name, column)
+
+
+def test_sigkilled_training_process_resumes_to_identical_weights_and_curve(run_of: RunOf, tmp_path: Path) -> None:
+    run = run_of()
+    make_cache(run)
+    twice = run_of(distill={**run.distill.model_dump(), "artifact": "twice@1"})
+    (tmp_path / "run.json").write_text(twice.model_dump_json())
+    code = f"""
+import time, torch
+from jobs import distill
+from pipeline.training.loop import Worker
+from schemas.config import RunConfig
+run = RunConfig.model_validate_json(open({str(tmp_path / "run.json")!r}).read())
+job = distill.distill_job(run, "f" * 32)
+distill.train_student(job, Worker(0, 1, torch.device("cpu")), lambda entry: time.sleep(0.2))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    folder = Path(open_store(twice).path(str(twice.ref("distill"))))
+    while not list(folder.glob("checkpoints/phase-*")):
+        assert process.poll() is None, "ended before it was killed"
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert not (folder / distill.WEIGHTS).exists()
+    resumed, whole = train(twice), train(run)
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    curves = [json.loads(open_store(r).read(f"{r.ref('distill')}/{distill.CURVE}")) for r in (twice, run)]
+    timing = ("steps_per_second", "waiting_share")
+    untimed = [[{k: v for k, v in e.items() if k not in timing} for e in c] for c in curves]
+    assert untimed[0] == untimed[1]
+
+
+@pytest.mark.parametrize("kind", ["align", "distill"])
+def test_two_workers_take_the_one_workers_batch(run_of: RunOf, kind: str) -> None:
+    run = run_of()
+    make_cache(run)
+    batches = batches_of(run)
+    phase = (AlignPhase if kind == "align" else DistillPhase)(kind=kind, steps=1, batch=6)  # type: ignore[arg-type]
+    whole = batches.batch(phase, 0, 3, 0, 1)
+    parts = [batches.batch(phase, 0, 3, rank, 2) for rank in range(2)]
+    assert {p.global_positions for p in parts} == {whole.global_positions}
+    assert {p.global_tap_tokens for p in parts} == {whole.global_tap_tokens}
+    taps = [p.taps for p in [whole, *parts]]
+    tokens = [0 if t is None else int(t.mask.sum()) for t in taps]
+    assert tokens[0] == tokens[1] + tokens[2] > 0
+    if kind == "distill":
+        golds = [torch.empty(0) if p.gold is None else p.gold for p in [whole, *parts]]
+        assert sorted(golds[0].tolist()) == sorted(torch.cat(golds[1:]).tolist())
+    else:
+        assert not whole.inputs
+
+
+def test_recipe_with_a_layer_loss_and_no_taps_is_refused(run_of: RunOf) -> None:
+    with pytest.raises(ConfigInvalid, match=r"cache\.taps: the recipe has a layer loss.*layers \[0\]"):
+        distill.stage(run_of(cache={"taps": {"fraction": 0}}))
+    phases = [{"kind": "distill", "steps": 1, "batch": 4, "weights": {"layer": 0}}]
+    distill.stage(run_of(cache={"taps": {"fraction": 0}}, distill={"phases": phases}))
+
+
+def test_bfloat16_training_keeps_the_trained_parameters_in_float32(run_of: RunOf) -> None:
+    run = run_of(distill={"phases": [{"kind": "distill", "steps": 2, "batch": 4}], "dtype": "bfloat16"})
+    make_cache(run)
+    trained = train(run)
+    assert {v.dtype for v in trained.values()} == {torch.float32}
+    assert all(torch.isfinite(v).all() for v in trained.values())
+
+
+def test_matvlm_initialisation_trains_as_well(run_of: RunOf) -> None:
+    run = run_of(student={"layers": {"list": [1, 3]}, "init": "matvlm"})
+    make_cache(run)
+    trained = train(run)
+    model = build_student(teacher_path(run), layer_plan(run), "matvlm", 0, torch.float32, WORKER.device, TORCH)
+    assert set(trained) <= {n for n, _ in model.named_parameters()}
+    assert not any(n.endswith("in_proj.bias") for n in trained)

@@ -1,0 +1,73 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from schemas.errors import ConfigInvalid
+from schemas.runfile import dump_run, load_run
+
+DEMO = Path("jobs/configs/demo.yaml")
+GOLDEN = Path("tests/golden/demo_resolved.yaml")
+
+
+def test_resolved_demo_run_is_the_golden_file() -> None:
+    assert dump_run(load_run(DEMO)) == GOLDEN.read_text()
+
+
+def test_every_shipped_run_file_is_valid() -> None:
+    paths = sorted(Path("jobs/configs").glob("*.yaml"))
+    assert [load_run(p).name for p in paths] == [p.stem for p in paths]
+
+
+def test_resolved_run_is_a_run_file(tmp_path: Path) -> None:
+    copy = tmp_path / "again.yaml"
+    copy.write_text(dump_run(load_run(DEMO)))
+    assert load_run(copy) == load_run(DEMO)
+
+
+def test_override_replaces_one_field() -> None:
+    run = load_run(
+        DEMO,
+        [
+            "student.init=matvlm",
+            "distill.phases.1.steps=7",
+            "cache.taps.layers=[0, 3]",
+            "distill.phases.1.decay_steps=0",
+        ],
+    )
+    assert (run.student.init, run.distill.phases[1].steps, run.cache.taps.layers) == ("matvlm", 7, (0, 3))
+    assert run.distill.phases[0] == load_run(DEMO).distill.phases[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("student.innit=mimic", ["student.innit", "unknown field", "did you mean", "student.init"]),
+        ("storre=x", ["storre", "unknown field", "store"]),
+        ("distill.phases.0.lr=-1", ["distill.phases.0", "lr", "greater than 0"]),
+        ("distill.phases.7.lr=1", ["phases.7.lr", "not an index from 0 to 1"]),
+        ("student.layers.ratio=2", ["student.layers.ratio", "less than or equal to 1"]),
+        ("name", ["--set name", "a.b=c".replace("c", "value")]),
+        ("name.x=1", ["`name` holds the value 'demo'"]),
+        ("student.layers={ratio: 0.5, list: [1]}", ["either `ratio` or `list`"]),
+        ("distill.phases.1.weights={kl: 0, layer: 1}", ["layer loss alone is an `align` phase"]),
+        ("distill.phases.0.warmup_steps=400", ["warmup_steps + decay_steps exceed steps"]),
+    ],
+)
+def test_wrong_setting_is_refused_by_file_and_field(override: str, says: list[str]) -> None:
+    with pytest.raises(ConfigInvalid) as caught:
+        load_run(DEMO, [override])
+    for part in says:
+        assert part in str(caught.value)
+
+
+def test_missing_and_unreadable_run_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigInvalid, match="no such run file"):
+        load_run(tmp_path / "none.yaml")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("a: [1")
+    with pytest.raises(ConfigInvalid, match="cannot be read as YAML"):
+        load_run(bad)
+    bad.write_text(yaml.safe_dump([1, 2]))
+    with pytest.raises(ConfigInvalid, match="expected a mapping"):
+        load_run(bad)

@@ -1,0 +1,40 @@
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from schemas.canonical import canonical_json, differences, digest
+from schemas.errors import ShardCorrupt
+from schemas.tables import SAMPLES, Table, targets_table
+
+GOLDEN = Path("tests/golden/tables.txt")
+
+
+def describe(table: Table) -> str:
+    lines = [f"{table.name}@{table.version}"]
+    lines += [f"  {c.name}: {c.type}{'?' if c.nullable else ''}  # {c.doc}" for c in table.columns]
+    return "\n".join(lines) + "\n"
+
+
+def test_table_schemas_are_the_golden_file() -> None:
+    assert describe(SAMPLES) + describe(targets_table((0, 4))) == GOLDEN.read_text()
+
+
+def test_table_refuses_unknown_wrong_and_empty_columns() -> None:
+    good = pa.table({"sample_id": ["a"], "positions": pa.array([1], pa.int32())})
+    targets_table(()).check(good, "here")
+    for bad in (
+        good.append_column("more", pa.array([1])),
+        pa.table({"positions": pa.array([1], pa.int64())}),
+        pa.table({"sample_id": pa.array([None], pa.string())}),
+    ):
+        with pytest.raises(ShardCorrupt, match="here: column"):
+            targets_table(()).check(bad, "here")
+
+
+def test_equal_values_have_equal_digests_and_differences_name_the_field() -> None:
+    old, new = {"a": {"b": 1, "c": [1, 2]}, "d": "é"}, {"d": "é", "a": {"c": [1, 3], "b": 1}}
+    assert digest(old) == digest({"d": "é", "a": {"c": [1, 2], "b": 1}})
+    assert canonical_json(old) != canonical_json(new)
+    assert differences(old, new) == ["a.c: [1, 2] -> [1, 3]"]
+    assert differences({"x": 1}, {}) == ['x: 1 -> "(absent)"']
