@@ -9,7 +9,6 @@ from contextlib import contextmanager
 # Ray's own switches; set before Ray is imported, kept where the user has set them.
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # a session on one machine is not pre-empted, and its controller may look twice a second
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",

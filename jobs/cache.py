@@ -4,6 +4,7 @@ One row of the dataset is one shard: its descriptor goes in, a CPU task adds the
 teacher actor computes and commits it. Nothing is remembered outside the store: a rerun does what is missing there.
 """
 
+import logging
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -110,12 +111,14 @@ def _cache(store: Store, job: CacheJob, place: CachePlacement) -> dict[str, Any]
 
 
 def _run_dataset(job: CacheJob, place: CachePlacement, todo: list[int], rows: int) -> None:
-    import ray
+    import ray.data
     from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
     context = DataContext.get_current()
     context.target_max_block_size = None  # a block is a shard, whatever its size
     context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
+    context.enable_progress_bars = False  # ours counts samples
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     workers = min(place.workers, len(todo))
     dataset = (
         ray.data.from_items([{"shard": i} for i in todo], override_num_blocks=len(todo))
@@ -128,8 +131,7 @@ def _run_dataset(job: CacheJob, place: CachePlacement, todo: list[int], rows: in
             compute=TaskPoolStrategy(size=place.decoders),
         )
         .map_batches(
-            TeacherActor,
-            fn_constructor_args=(job,),
+            bound_actor(job),
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=place.cpus_per_worker,
@@ -189,3 +191,13 @@ class TeacherActor:
         columns = self.teacher.capture(prepared)
         write_shard(self.store, self.job.targets, self.teacher.table, index, columns, self.job.fingerprint)
         return pa.table({"shard": [index], "rows": [len(samples)], "seconds": [time.monotonic() - started]})
+
+
+def bound_actor(job: CacheJob) -> type[TeacherActor]:
+    """The actor's class with its job inside: constructor arguments would be lost with the driver's object store."""
+
+    class BoundTeacher(TeacherActor):
+        def __init__(self) -> None:
+            super().__init__(job)
+
+    return BoundTeacher

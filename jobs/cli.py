@@ -86,12 +86,14 @@ def demo(
     ] = None,
     set_: Overrides = None,
     dry_run: DryRun = False,
+    train_scenes: Annotated[int, typer.Option(min=1, help="Scenes to distil from.")] = 3072,
+    test_scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes to evaluate on.")] = 600,
 ) -> None:
     """Run the whole path on questions about handwritten digits, and write a report."""
     with _readable_errors():
         from jobs.demo.run import run_demo
 
-        run_demo(run_file, set_ or [], out, dry_run=dry_run)
+        run_demo(run_file, set_ or [], out, train_scenes=train_scenes, test_scenes=test_scenes, dry_run=dry_run)
 
 
 if __name__ == "__main__":

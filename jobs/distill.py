@@ -18,7 +18,7 @@ from cluster.session import session
 from jobs.progress import Progress
 from jobs.stages import layer_plan, open_store, resolved, tapped_layers, teacher_digests, teacher_path
 from pipeline.models import load_processor, pick_device
-from pipeline.ops.opset import resolve
+from pipeline.ops.opset import TORCH
 from pipeline.stage import Stage
 from pipeline.store import Store
 from pipeline.student import build_student
@@ -179,8 +179,7 @@ def train_student(job: DistillJob, worker: Worker, report: Any) -> None:
     run = job.run
     store, ref = Store(job.store), run.ref("distill")
     dtype = getattr(torch, run.distill.dtype)
-    ops = resolve(run.placement.backend, worker.device)
-    model = build_student(job.teacher, job.plan, run.student.init, run.distill.seed, dtype, worker.device, ops)
+    model = build_student(job.teacher, job.plan, run.student.init, run.distill.seed, dtype, worker.device, TORCH)
     batches = CachedBatches(
         store,
         run.ref("prepare"),

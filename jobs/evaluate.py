@@ -17,7 +17,7 @@ from jobs.stages import file_digest, layer_plan, open_store, resolved, teacher_d
 from pipeline.data.encoding import Encoder
 from pipeline.evaluation import Answers, answer, held_out_kl, read_questions, score
 from pipeline.models import load_model, load_processor, pick_device
-from pipeline.ops.opset import resolve
+from pipeline.ops.opset import TORCH
 from pipeline.stage import Stage
 from pipeline.store import Store
 from pipeline.student import build_student, load_trained
@@ -128,8 +128,7 @@ def load_contestant(job: EvaluateJob, who: Who) -> PreTrainedModel:
     dtype = getattr(torch, run.evaluate.dtype)
     if who == "teacher":
         return load_model(job.teacher, dtype, device)
-    ops = resolve(run.placement.backend, device)
-    model = build_student(job.teacher, job.plan, run.student.init, run.distill.seed, dtype, device, ops)
+    model = build_student(job.teacher, job.plan, run.student.init, run.distill.seed, dtype, device, TORCH)
     name = f"{run.ref('distill')}/{WEIGHTS if who == 'student' else INITIAL}"
     load_trained(model, load(Store(job.store).read(name)), name)
     return model

@@ -10,6 +10,7 @@ from pipeline.models import load_processor
 from pipeline.stage import Stage
 from pipeline.store import Store
 from schemas.config import RunConfig
+from schemas.errors import SampleInvalid
 
 
 def stage(run: RunConfig) -> Stage:
@@ -24,7 +25,12 @@ def stage(run: RunConfig) -> Stage:
 
     def work(store: Store, fingerprint: str) -> dict[str, Any]:
         encoder = Encoder(load_processor(run.teacher.path), config.max_length)
-        with Progress("prepare", None, "samples") as progress:
-            return prepare(store, run.ref("prepare"), config, encoder, fingerprint, progress.update)
+        try:
+            with Progress("prepare", None, "samples") as progress:
+                return prepare(store, run.ref("prepare"), config, encoder, fingerprint, progress.update)
+        except SampleInvalid:
+            # the user will mend the data, which is then other data: what was begun from the old is of no use
+            store.remove(str(run.ref("prepare")))
+            raise
 
     return Stage(run.ref("prepare"), (), settings, work, resolved(run))

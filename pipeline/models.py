@@ -12,6 +12,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
+from transformers.utils import logging as transformers_logging
 
 from schemas.config import Device
 
@@ -32,6 +33,7 @@ def load_processor(path: str) -> Any:
 
 def load_model(path: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The folder's model in eval mode without gradients, from safetensors only."""
+    transformers_logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     loader = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     model = loader.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)

@@ -49,6 +49,11 @@ class Store:
             return []
         return sorted(name for name in (p.rsplit("/", 1)[-1] for p in found) if not name.startswith(".tmp-"))
 
+    def remove(self, name: str) -> None:
+        """Removes an object or a whole folder, if it is there."""
+        if self.fs.exists(self.path(name)):
+            self.fs.rm(self.path(name), recursive=True)
+
     def write(self, name: str, data: bytes) -> None:
         """Commits the object as a whole, in place of any earlier one.
 

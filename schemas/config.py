@@ -167,7 +167,6 @@ class Placement(Section):
     """Where the stages run. Changing it never changes what a stage makes, beyond the hardware's rounding."""
 
     device: Device = "auto"
-    backend: Literal["auto", "torch", "mamba-ssm"] = "auto"
     cache: CachePlacement = CachePlacement()
     distill: WorkerPlacement = WorkerPlacement()
     evaluate: WorkerPlacement = WorkerPlacement()

@@ -31,7 +31,3 @@ class ShardCorrupt(DecantError):
 
 class StoreUnavailable(DecantError):
     """The artifact store cannot be read or written."""
-
-
-class BackendUnavailable(DecantError):
-    """A named backend is not installed or does not run on this hardware."""

@@ -7,11 +7,13 @@ from jobs.demo.scenes import FAMILIES, Split, Strokes, draw_sample, sample_rng
 
 
 def write_split(path: Path, split: Split, count: int, seed: int) -> None:
-    """Writes ``count`` records to the JSON file ``path``, families in turn, images beside it. An existing file is kept.
+    """Writes ``count`` records to the JSON file ``path``, families in turn, images beside it.
+
+    A file that holds so many records already is kept.
 
     Training strokes are bent at random, as in the teacher's training; validation and test strokes stay as written.
     """
-    if path.exists():
+    if path.exists() and len(json.loads(path.read_text())) == count:
         return
     folder = path.parent
     images = folder / "images" / split

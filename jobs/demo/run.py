@@ -12,8 +12,6 @@ from pipeline.folders import text_config
 from schemas.config import RunConfig
 from schemas.runfile import dump_run, load_run
 
-# Scenes a split: enough for the student to be told from the teacher, few enough for minutes on two cores.
-TRAIN_SCENES, TEST_SCENES = 3072, 900
 SEED = 0
 
 
@@ -22,9 +20,9 @@ def run_demo(
     overrides: list[str],
     out: Console,
     *,
-    train_scenes: int = TRAIN_SCENES,
-    test_scenes: int = TEST_SCENES,
-    dry_run: bool = False,
+    train_scenes: int,
+    test_scenes: int,
+    dry_run: bool,
 ) -> None:
     """Runs the demo; every part that is on disk already is kept. Prints where the report is."""
     package = resources.files("jobs")
@@ -45,7 +43,9 @@ def _teacher(run_file: Path | None) -> list[str]:
     """The shipped run file's teacher lies beside it, wherever the package is installed."""
     if run_file is not None:
         return []
-    return ["teacher.path=" + json.dumps(str(resources.files("jobs") / "demo" / "teacher"))]
+    path = Path(str(resources.files("jobs") / "demo" / "teacher"))
+    path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    return ["teacher.path=" + json.dumps(str(path))]
 
 
 def _draw(run: RunConfig, train_scenes: int, test_scenes: int) -> None:

@@ -74,8 +74,8 @@ def page(report: dict[str, Any]) -> str:
         labels=charts.LABELS,
         groups=list(scores["teacher"]),
         match_chart=charts.exact_match_chart(scores),
-        kl_chart=charts.curve_chart(report["curve"], ["kl", "ce"], "KL to the teacher, nats a token"),
-        layer_chart=charts.curve_chart(report["curve"], layers, "layer loss, share of the target's power"),
+        kl_chart=charts.curve_chart(report["curve"], ["kl", "ce"], "KL, nats a token"),
+        layer_chart=charts.curve_chart(report["curve"], layers, "layer loss, relative"),
         time_chart=charts.seconds_chart({k: v["seconds"] for k, v in report["stages"].items()}),
         bytes_chart=charts.bytes_chart(sizes),
     )

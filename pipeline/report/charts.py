@@ -69,6 +69,7 @@ def curve_chart(history: Sequence[dict[str, Any]], names: Sequence[str], ylabel:
     for start in list(offsets.values())[1:]:
         axes.axvline(start, color="#d0d7de", linewidth=1)
     axes.set_yscale("log")
+    axes.yaxis.set_minor_formatter("")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(ylabel)
     axes.legend(frameon=False, fontsize=8)

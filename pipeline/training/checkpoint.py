@@ -36,7 +36,7 @@ def save_checkpoint(
     folder = f"{ref}/{FOLDER}"
     store.write(f"{folder}/{name}", save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, header))
     for old in store.names(folder)[:-KEPT]:
-        store.fs.rm_file(store.path(f"{folder}/{old}"))
+        store.remove(f"{folder}/{old}")
 
 
 def latest_checkpoint(store: Store, ref: ArtifactRef, fingerprint: str) -> tuple[TrainState, dict[str, Tensor]] | None:

@@ -56,6 +56,25 @@ class Saving:
     fingerprint: str
 
 
+class Window:
+    """Sums of one worker's metrics over the steps since the last log entry."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.steps = self.tap_steps = 0
+
+    def add(self, metrics: dict[str, Tensor], tapped: bool) -> None:
+        """Adds one step; ``tapped`` says whether any worker's batch held taps."""
+        self.steps += 1
+        self.tap_steps += tapped
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
+
+    def divisor(self, name: str) -> int:
+        """The number of steps that the metric was measured in."""
+        return max(1, self.tap_steps if name.startswith("layer_") else self.steps)
+
+
 class Training:
     """One worker's training of one student."""
 
@@ -123,7 +142,7 @@ class Training:
         stream = self.batches.stream(
             phase, self.config.seed + self.state.phase, self.state.step, self.worker.rank, self.worker.world
         )
-        started, waited, first = time.monotonic(), 0.0, self.state.step
+        started, waited, first, window = time.monotonic(), 0.0, self.state.step, Window()
         while True:
             before = time.monotonic()
             batch = next(stream, None)
@@ -133,12 +152,16 @@ class Training:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(phase, self.state.step)
             metrics = self._step(wrapped, chosen, optimizer, batch.to(self.worker.device))
+            window.add(metrics, batch.global_tap_tokens > 0)
             self.state.step += 1
             last = self.state.step == phase.steps
-            if self.state.step % LOG_EVERY == 0 or last or self.state.step == 1:
+            saves = self.state.step % self.config.checkpoint_every == 0
+            # also before each checkpoint, so that a resumed curve averages over the same steps
+            if self.state.step % LOG_EVERY == 0 or self.state.step == 1 or saves or last:
                 seconds = time.monotonic() - started
-                self._log(phase, metrics, (self.state.step - first) / seconds, waited / seconds, report)
-            if self.state.step % self.config.checkpoint_every == 0 and not last:
+                self._log(phase, window, (self.state.step - first) / seconds, waited / seconds, report)
+                window = Window()
+            if saves and not last:
                 self._save(optimizer)
         self.state.phase, self.state.step = self.state.phase + 1, 0
         self._save(None)
@@ -173,16 +196,16 @@ class Training:
         norm = nn.utils.clip_grad_norm_(chosen, self.config.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return {"loss": loss.detach(), **{k: v.detach() for k, v in metrics.items()}, "grad_norm": norm}
+        return {"loss": loss, **metrics, "grad_norm": norm}
 
-    def _log(
-        self, phase: AlignPhase | DistillPhase, metrics: dict[str, Tensor], rate: float, wait: float, report: Report
-    ) -> None:
-        # a worker without tapped rows in this step has no layer metrics, so every worker sends the same keys
+    def _log(self, phase: AlignPhase | DistillPhase, window: Window, rate: float, wait: float, report: Report) -> None:
+        """Logs means over the window's steps of what the workers measured together."""
+        # a worker without tapped rows has no layer metrics; every worker must send the same keys
         names = ["loss", *(["kl"] if phase.kind == "distill" else []), *(f"layer_{i}" for i in mixers(self.model))]
         if phase.kind == "distill" and phase.weights.ce:
             names.append("ce")
-        values = torch.stack([metrics.get(n, torch.zeros((), device=self.worker.device)).float() for n in names])
+        zero = torch.zeros((), device=self.worker.device)
+        values = torch.stack([window.sums.get(n, zero) / window.divisor(n) for n in names])
         if self.worker.world > 1:
             dist.all_reduce(values)
         entry: dict[str, Any] = {n: round(v, 6) for n, v in zip(names, values.tolist(), strict=True)}
@@ -192,7 +215,7 @@ class Training:
             "step": self.state.step,
             "steps": phase.steps,
             "lr": learning_rate(phase, self.state.step - 1),
-            "grad_norm": round(float(metrics["grad_norm"]), 6),
+            "grad_norm": round(float(window.sums["grad_norm"] / window.steps), 6),
             "steps_per_second": round(rate, 3),
             "waiting_share": round(wait, 4),
         }

@@ -55,7 +55,7 @@ def refused(done: Result, *says: str) -> None:
 
 
 def committed(store: str) -> list[str]:
-    return [p.name for p in Path(store).rglob("*") if p.is_file() and p.name != "identity.json"]
+    return [p.name for p in Path(store).rglob("*") if p.is_file()]
 
 
 def test_unknown_key_is_refused(run_file: Path, settings: dict[str, Any]) -> None:
@@ -104,8 +104,9 @@ def test_bad_data_is_named_and_leaves_no_artifact(
 ) -> None:
     data = broken_data(settings, tmp_path, kind)
     refused(decant("prepare", str(run_file), "--set", f"prepare.data={data}"), "SampleInvalid", data, *says)
-    # whole shards before the bad record may stay; no manifest, no record, nothing half-written
-    assert all(re.fullmatch(r"shard-00000[01]\.parquet", name) for name in committed(settings["store"]))
+    assert committed(settings["store"]) == []
+    mended = decant("prepare", str(run_file))
+    assert mended.exit_code == 0, mended.stderr
 
 
 def test_unwritable_run_folder_is_named(run_file: Path, tmp_path: Path) -> None:

@@ -82,6 +82,11 @@ def test_files_are_llava_conversations_with_families_in_turn(tmp_path: Path) -> 
     write_split(path, "val", 12, seed=0)
     records = json.loads(path.read_text())
     assert [r["family"] for r in records] == list(FAMILIES) * 2
+    before = path.stat().st_mtime_ns
+    write_split(path, "val", 12, seed=0)
+    assert path.stat().st_mtime_ns == before
+    write_split(path, "val", 6, seed=0)
+    assert json.loads(path.read_text()) == records[:6]
     assert all((tmp_path / r["image"]).is_file() for r in records)
     assert all([t["from"] for t in r["conversations"]] == ["human", "gpt"] for r in records)
 

@@ -4,10 +4,9 @@ from transformers import PreTrainedModel
 
 from pipeline.mixer import FLOAT32, Mamba2Mixer, MixerDims
 from pipeline.models import decoder
-from pipeline.ops.opset import TORCH, resolve
+from pipeline.ops.opset import TORCH
 from pipeline.student import build_student
 from pipeline.surgery import mixers, replace_layers, trainable_names
-from schemas.errors import BackendUnavailable
 from schemas.layers import LayerPlan
 from tests.conftest import tiny_model
 from tests.tolerances import FLOAT32_LOGITS
@@ -138,13 +137,6 @@ def test_mixers_and_connector_train_and_nothing_else() -> None:
     ]
 
 
-def test_named_backend_that_is_missing_is_an_error_and_auto_falls_back() -> None:
-    cpu = torch.device("cpu")
-    with pytest.raises(BackendUnavailable, match="CUDA device"):
-        resolve("mamba-ssm", cpu)
-    assert resolve("auto", cpu) is TORCH
-
-
 def test_student_is_reproducible_from_its_seed(tiny_teacher: object) -> None:
     def build(seed: int) -> dict[str, torch.Tensor]:
         model = build_student(
@@ -155,23 +147,3 @@ def test_student_is_reproducible_from_its_seed(tiny_teacher: object) -> None:
     first, again, other = build(0), build(0), build(1)
     assert all(torch.equal(first[n], again[n]) for n in first)
     assert not torch.equal(first["conv1d.weight"], other["conv1d.weight"])
-
-
-@pytest.mark.gpu
-def test_mamba_ssm_backend_agrees_with_the_reference_on_cuda() -> None:
-    device = torch.device("cuda")
-    fast = resolve("mamba-ssm", device)
-    dims = MixerDims(hidden=160, heads=2, kv_heads=2, head_dim=80, bias=False)
-    torch.manual_seed(0)
-    mixer = Mamba2Mixer(dims, 0).to(device)
-    u = torch.randn(2, 300, 160, device=device)
-    grads = []
-    for ops in (TORCH, fast):
-        mixer.use(ops)
-        mixer.zero_grad()
-        out, _ = mixer(u)
-        out.square().mean().backward()
-        grads.append([out.detach(), *(p.grad.clone() for p in mixer.parameters() if p.grad is not None)])
-    for expected, got in zip(*grads, strict=True):
-        # the Triton kernels multiply in TF32: ten bits of mantissa
-        torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-3 * float(expected.abs().max()))
