@@ -131,7 +131,8 @@ def _run_dataset(job: CacheJob, place: CachePlacement, todo: list[int], rows: in
             compute=TaskPoolStrategy(size=place.decoders),
         )
         .map_batches(
-            bound_actor(job),
+            TeacherActor,
+            fn_constructor_args=(job,),
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=place.cpus_per_worker,
@@ -191,13 +192,3 @@ class TeacherActor:
         columns = self.teacher.capture(prepared)
         write_shard(self.store, self.job.targets, self.teacher.table, index, columns, self.job.fingerprint)
         return pa.table({"shard": [index], "rows": [len(samples)], "seconds": [time.monotonic() - started]})
-
-
-def bound_actor(job: CacheJob) -> type[TeacherActor]:
-    """The actor's class with its job inside: constructor arguments would be lost with the driver's object store."""
-
-    class BoundTeacher(TeacherActor):
-        def __init__(self) -> None:
-            super().__init__(job)
-
-    return BoundTeacher

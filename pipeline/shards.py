@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.store import Store
-from schemas.artifacts import ArtifactRef
+from schemas.artifacts import RECORD, ArtifactRef
 from schemas.errors import ShardCorrupt
 from schemas.manifest import MANIFEST, Manifest, ShardInfo, missing_shards, shard_name
 from schemas.tables import Table
@@ -67,15 +67,21 @@ def read_shard(
         with store.fs.open(where, "rb") as file:
             data = pq.read_table(file, columns=list(columns) if columns else None)
     except (pa.ArrowException, OSError) as error:
-        raise ShardCorrupt(
-            f"{where}: cannot be read as Parquet: {error}; remove it and run `decant {ref.kind}`"
-        ) from None
+        raise ShardCorrupt(f"{where}: cannot be read as Parquet: {_line(error)}; {_remedy(ref)}") from None
     table.check(data, where)
     if data.num_rows != info.rows:
         raise ShardCorrupt(f"{where}: expected {info.rows} rows, got {data.num_rows}")
     if columns is None and checksum(data) != info.checksum:
-        raise ShardCorrupt(f"{where}: values do not match the checksum; remove it and run `decant {ref.kind}`")
+        raise ShardCorrupt(f"{where}: values do not match the checksum; {_remedy(ref)}")
     return data
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _remedy(ref: ArtifactRef) -> str:
+    return f"remove it and the {RECORD} beside it, then run `decant {ref.kind} RUN.yaml`: only this shard is made again"
 
 
 def read_footer(store: Store, ref: ArtifactRef, name: str) -> dict[str, str]:
@@ -85,9 +91,7 @@ def read_footer(store: Store, ref: ArtifactRef, name: str) -> dict[str, str]:
         with store.fs.open(where, "rb") as file:
             metadata = pq.read_schema(file).metadata or {}
     except (pa.ArrowException, OSError) as error:
-        raise ShardCorrupt(
-            f"{where}: cannot be read as Parquet: {error}; remove it and run `decant {ref.kind}`"
-        ) from None
+        raise ShardCorrupt(f"{where}: cannot be read as Parquet: {_line(error)}; {_remedy(ref)}") from None
     found = {k.decode()[7:]: v.decode() for k, v in metadata.items() if k.startswith(b"decant.")}
     if not found:
         raise ShardCorrupt(f"{where}: was not written by decant (no footer)")

@@ -13,7 +13,7 @@ from pipeline.initialise import initialise
 from pipeline.mixer import MixerDims
 from pipeline.models import build_model, decoder, load_model
 from pipeline.ops.opset import OpSet
-from pipeline.surgery import mixers, replace_layers
+from pipeline.surgery import mixers, replace_layers, trainable_names
 from schemas.config import Init
 from schemas.errors import ConfigInvalid
 from schemas.layers import LayerPlan
@@ -77,11 +77,10 @@ def load_exactly(model: PreTrainedModel, weights: dict[str, Tensor], where: str)
 
 
 def load_trained(model: PreTrainedModel, weights: dict[str, Tensor], where: str) -> None:
-    """Loads trained parameters over the teacher's; names that the model lacks are an error."""
-    parameters = dict(model.named_parameters())
-    unknown = sorted(weights.keys() - parameters.keys())
-    if unknown:
-        raise ConfigInvalid(f"{where}: holds parameters that the student does not have: {', '.join(unknown[:5])}")
+    """Loads trained parameters over the teacher's; they must be exactly those that train."""
+    differing = sorted(weights.keys() ^ set(trainable_names(model)))
+    if differing:
+        raise ConfigInvalid(f"{where}: the trained parameters are not the student's: {', '.join(differing[:5])}")
     with torch.no_grad():
         for name, value in weights.items():
-            parameters[name].copy_(value)
+            model.get_parameter(name).copy_(value)

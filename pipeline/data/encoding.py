@@ -130,6 +130,8 @@ class Encoder:
         """Repeats the image token once per image position."""
         if image is None:
             return ids, spans
+        if self.image_token_id is None:
+            raise ConfigInvalid("teacher.path: the data has images, but this teacher's processor reads none")
         (place,) = np.flatnonzero(ids == self.image_token_id)
         count = self._count(decode_image(image).size)
         ids = np.concatenate([ids[:place], np.full(count, self.image_token_id, ids.dtype), ids[place + 1 :]])

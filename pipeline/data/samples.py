@@ -9,10 +9,11 @@ import pyarrow as pa
 
 from pipeline.data.conversations import read_conversations
 from pipeline.data.encoding import EncodedSample, Encoder, read_image
-from pipeline.shards import fold_manifest, uncommitted, write_shard
+from pipeline.shards import fold_manifest, write_shard
 from pipeline.store import Store
 from schemas.artifacts import ArtifactRef
 from schemas.config import PrepareConfig
+from schemas.manifest import shard_name
 from schemas.tables import SAMPLES
 
 
@@ -38,9 +39,10 @@ def prepare(
     samples = encode_all(config, encoder)
     counts = {"samples": 0, "tokens": 0, "response_tokens": 0, "truncated": 0, "duplicates": 0}
     seen: set[str] = set()
+    present = set(store.names(str(ref)))
     index = 0
     while rows := list(islice(samples, config.shard_rows)):
-        if uncommitted(store, ref, index + 1)[-1:] == [index]:
+        if shard_name(index) not in present:
             write_shard(store, ref, SAMPLES, index, _columns(rows), fingerprint)
         counts["samples"] += len(rows)
         counts["tokens"] += sum(len(r.input_ids) for r in rows)

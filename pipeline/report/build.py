@@ -76,6 +76,6 @@ def page(report: dict[str, Any]) -> str:
         match_chart=charts.exact_match_chart(scores),
         kl_chart=charts.curve_chart(report["curve"], ["kl", "ce"], "KL, nats a token"),
         layer_chart=charts.curve_chart(report["curve"], layers, "layer loss, relative"),
-        time_chart=charts.seconds_chart({k: v["seconds"] for k, v in report["stages"].items()}),
-        bytes_chart=charts.bytes_chart(sizes),
+        time_chart=charts.bar_chart({k: v["seconds"] for k, v in report["stages"].items()}, "seconds", "s"),
+        bytes_chart=charts.bar_chart(sizes, "bytes per response token", "B", log=True),
     )

@@ -76,23 +76,14 @@ def curve_chart(history: Sequence[dict[str, Any]], names: Sequence[str], ylabel:
     return _svg(figure)
 
 
-def seconds_chart(seconds: dict[str, float]) -> str:
-    """Horizontal bars of each stage's wall-clock seconds."""
-    figure, axes = _figure(4.6, 0.6 + 0.4 * len(seconds))
-    names = list(seconds)[::-1]
-    bars = axes.barh(names, [seconds[n] for n in names], color=STUDENT, height=0.6)
-    axes.bar_label(bars, fmt="%.0f s", padding=3, fontsize=8)
-    axes.set_xlabel("seconds")
-    return _svg(figure)
-
-
-def bytes_chart(sizes: dict[str, float]) -> str:
-    """Horizontal bars of bytes a response token, logarithmic."""
-    figure, axes = _figure(4.6, 0.6 + 0.4 * len(sizes))
-    names = list(sizes)[::-1]
-    bars = axes.barh(names, [sizes[n] for n in names], color=TEACHER, height=0.6)
-    axes.bar_label(bars, fmt="%.0f B", padding=3, fontsize=8)
-    axes.set_xscale("log")
-    axes.set_xlim(1, max(sizes.values()) * 6)
-    axes.set_xlabel("bytes per response token")
+def bar_chart(values: dict[str, float], label: str, unit: str, *, log: bool = False) -> str:
+    """Horizontal bars, the first on top, each with its figure."""
+    figure, axes = _figure(4.6, 0.6 + 0.4 * len(values))
+    names = list(values)[::-1]
+    bars = axes.barh(names, [values[n] for n in names], color=STUDENT, height=0.6)
+    axes.bar_label(bars, fmt=f"%.0f {unit}", padding=3, fontsize=8)
+    if log:
+        axes.set_xscale("log")
+    axes.set_xlim(1 if log else 0, max(values.values()) * (6 if log else 1.15))  # room for the figures
+    axes.set_xlabel(label)
     return _svg(figure)

@@ -23,7 +23,7 @@ from pipeline.targets import SparseTargets, decode_draws
 from pipeline.training.order import WINDOW, batch_items, rank_slice
 from schemas.artifacts import ArtifactRef
 from schemas.config import AlignPhase, CacheConfig, DistillPhase
-from schemas.errors import ShardCorrupt
+from schemas.errors import ConfigInvalid, ShardCorrupt
 from schemas.tables import SAMPLES, Table, tap_columns, targets_table
 
 # Batches decoded ahead of the step that needs them.
@@ -96,6 +96,11 @@ class CacheIndex:
         if phase.kind == "distill":
             return batch_items(seed, step, phase.batch, self.samples.shard_rows)
         rows = [np.flatnonzero(t) for t in self.tapped]
+        if not any(len(r) for r in rows):
+            raise ConfigInvalid(
+                f"cache.taps.fraction: none of {self.samples.rows} samples is tapped, but the recipe aligns mixers; "
+                "cache with a larger fraction"
+            )
         items = batch_items(seed, step, phase.batch, [len(r) for r in rows])
         return np.array([[shard, rows[shard][row]] for shard, row in items])
 

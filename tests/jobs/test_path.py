@@ -22,7 +22,7 @@ from jobs.demo.run import write_report
 from jobs.stages import NAMES, run_named
 from pipeline.store import Store
 from schemas.config import RunConfig
-from schemas.errors import ConfigInvalid
+from schemas.errors import ConfigInvalid, ShardCorrupt
 from tests.conftest import tiny_settings
 from tests.tolerances import FLOAT32_LOGITS
 
@@ -221,6 +221,23 @@ def test_report_is_self_contained_and_holds_the_promised_figures(finished: RunCo
     text = Path(page).read_text()
     assert text.count("<svg") == 5
     assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", text)
+
+
+def test_corrupt_shard_ends_the_cache_with_its_name(
+    settings: dict[str, Any], finished: RunConfig, tmp_path: Path
+) -> None:
+    again = RunConfig.model_validate(copied(settings, finished, ("prepare",), tmp_path / "store"))
+    shard = tmp_path / "store" / str(again.ref("prepare")) / "shard-000003.parquet"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:200] + bytes(64) + data[264:])
+    remedy = r"remove it and the record\.json beside it, then run `decant prepare RUN\.yaml`"
+    with pytest.raises(ShardCorrupt, match=rf"shard-000003\.parquet: .*{remedy}"):
+        run_named("cache", again, Console(file=io.StringIO()))
+    assert not (tmp_path / "store" / again.ref("cache").record_path).exists()
+    shard.unlink()
+    (shard.parent / "record.json").unlink()
+    run_named("prepare", again, Console(file=io.StringIO()))
+    assert shard.read_bytes() == data
 
 
 def test_placement_that_never_fits_is_refused(finished: RunConfig, tmp_path: Path) -> None:
