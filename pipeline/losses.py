@@ -55,14 +55,16 @@ def gold_cross_entropy(hidden_PD: Tensor, head: nn.Module, gold_P: Tensor, chunk
 def layer_loss(
     output_BLD: Tensor, target_BLD: Tensor, mask_BL: Tensor, kind: Literal["mse", "frobenius"], power: float
 ) -> Tensor:
-    """How far a mixer's output is from the attention's, over real tokens.
+    """How far a mixer's output is from the attention's, over real tokens, summed over samples.
 
-    ``mse``: sum of the squared differences over ``power``, the mean squared norm of the targets a token, so that 1 a
-    token is what an output of zero would give. ``frobenius``: the reference's unsquared norm of the whole difference.
+    ``mse``: the squared differences over ``power``, the mean squared norm of the targets a token, so that 1 a token is
+    what an output of zero would give. ``frobenius``: each sample's unsquared norm, which is the reference's loss at its
+    batch of one (MaTVLM, arXiv 2503.13440).
     """
     difference = (output_BLD.float() - target_BLD.float()) * mask_BL[..., None]
-    squares = difference.square().sum()
-    return squares / power if kind == "mse" else squares.clamp(min=1e-24).sqrt()
+    squares_B = difference.square().sum((1, 2))
+    # the clamp keeps the square root's gradient finite where the outputs agree
+    return squares_B.sum() / power if kind == "mse" else squares_B.clamp(min=1e-24).sqrt().sum()
 
 
 def full_kl(teacher_logits_PV: Tensor, student_logits_PV: Tensor) -> Tensor:

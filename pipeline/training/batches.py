@@ -45,7 +45,8 @@ class Batch:
     """One worker's part of a step.
 
     ``inputs`` are the model's keywords (empty in ``align``); ``positions`` [P, 2] are (row, position) pairs with their
-    ``gold`` tokens [P] and ``targets``. ``global_positions`` and ``global_tap_tokens`` count over all workers.
+    ``gold`` tokens [P] and ``targets``. The ``global_…`` counts are over all workers: predicting positions, and samples
+    and tokens of those that have taps.
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
@@ -53,8 +54,8 @@ class Batch:
     gold: Tensor | None = None
     targets: SparseTargets | None = None
     taps: TapBatch | None = None
-    global_samples: int = 0
     global_positions: int = 0
+    global_tapped: int = 0
     global_tap_tokens: int = 0
 
     def to(self, device: torch.device) -> "Batch":
@@ -150,8 +151,8 @@ class CachedBatches:
         mine = rank_slice(items, rank, world)
         index = self.index
         base = Batch(
-            global_samples=len(items),
             global_positions=index.count(index.responses, items, tapped=False),
+            global_tapped=int(sum(index.tapped[s][r] for s, r in items)),
             global_tap_tokens=index.count(index.tokens, items, tapped=True),
         )
         taps = self.taps(mine)

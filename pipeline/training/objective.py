@@ -29,16 +29,17 @@ class LayerObjective(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """Sum over layers of the mean layer loss: a token for ``mse``, a sample for ``frobenius``."""
         assert batch.taps is not None, "an align step goes over tapped rows only"
-        return self.loss(batch.taps, batch.global_tap_tokens if self.kind == "mse" else batch.global_samples)
+        return self.loss(batch, batch.taps)
 
-    def loss(self, taps: TapBatch, count: int) -> tuple[Tensor, Metrics]:
-        """As ``forward``, of the given taps and divisor."""
+    def loss(self, batch: Batch, taps: TapBatch) -> tuple[Tensor, Metrics]:
+        """As ``forward``, of this worker's taps in the batch."""
+        count = batch.global_tap_tokens if self.kind == "mse" else batch.global_tapped
         metrics: Metrics = {}
         for name, mixer in self.mixers.items():
             value_in, value_out = taps.layers[int(name)]
             output, _ = mixer(value_in.to(next(mixer.parameters()).dtype))
             value = layer_loss(output, value_out, taps.mask, self.kind, self.power[int(name)])
-            metrics[f"layer_{name}"] = value / max(count, 1)
+            metrics[f"layer_{name}"] = value / count
         return torch.stack(list(metrics.values())).sum(), metrics
 
 
@@ -63,8 +64,7 @@ class DistillObjective(nn.Module):
             metrics["ce"] = gold_cross_entropy(hidden_PD, output, batch.gold) / batch.global_positions
             loss = loss + self.weights.ce * metrics["ce"]
         if self.weights.layer and batch.taps is not None:
-            count = batch.global_tap_tokens if self.layer.kind == "mse" else batch.global_samples
-            layer, found = self.layer.loss(batch.taps, count)
+            layer, found = self.layer.loss(batch, batch.taps)
             loss = loss + self.weights.layer * layer
             metrics |= found
         return loss, metrics

@@ -102,7 +102,7 @@ def test_layer_loss_ignores_padding_and_is_one_a_token_for_an_output_of_zero() -
     power = float((target.square().sum(-1) * mask).sum() / mask.sum())
     poisoned = torch.where(mask[..., None], 0.0, 1e6)
     assert float(layer_loss(poisoned, target, mask, "mse", power)) == pytest.approx(5.0)
-    expected = float((target * mask[..., None]).norm())
+    expected = sum(float(sample.norm()) for sample in target * mask[..., None])
     assert float(layer_loss(poisoned, target, mask, "frobenius", power)) == pytest.approx(expected)
 
 
