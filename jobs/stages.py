@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.folders import folder_digests, text_config
-from pipeline.stage import run_stage, status
+from pipeline.stage import Stage, run_stage, status
 from pipeline.store import Store
 from schemas.config import RunConfig
 from schemas.errors import ConfigInvalid, SampleInvalid
@@ -19,9 +19,15 @@ from schemas.runfile import dump_run
 NAMES = ("prepare", "cache", "distill", "evaluate", "export")
 
 
+def load_stage(name: str, run: RunConfig) -> Stage:
+    """The named stage of a run; refuses every setting that can be refused before any work."""
+    stage: Stage = importlib.import_module(f"jobs.{name}").stage(run)
+    return stage
+
+
 def run_named(name: str, run: RunConfig, out: Console) -> None:
     """Runs one stage of a run and says what was done, also where that is nothing."""
-    stage = importlib.import_module(f"jobs.{name}").stage(run)
+    stage = load_stage(name, run)
     record, ran = run_stage(open_store(run), stage)
     if ran:
         out.print(f"[green]{stage.ref}[/] done in {record.provenance['seconds']:.1f} s")
@@ -31,7 +37,7 @@ def run_named(name: str, run: RunConfig, out: Console) -> None:
 
 def preview(name: str, run: RunConfig, out: Console) -> None:
     """Checks everything that can be checked before work, and prints the resolved run and what would be done."""
-    stage = importlib.import_module(f"jobs.{name}").stage(run)
+    stage = load_stage(name, run)
     store = open_store(run)
     says = {"done": "is already done", "partial": "is begun and would be continued", "new": "would be made"}
     state = says[status(store, stage)]

@@ -7,12 +7,14 @@ from typing import Any
 
 from rich.console import Console
 
-from jobs.stages import NAMES, open_store, run_named
+from jobs.stages import NAMES, load_stage, open_store, run_named
 from pipeline.folders import text_config
 from schemas.config import RunConfig
 from schemas.runfile import dump_run, load_run
 
 SEED = 0
+# Stages that can be checked before the data is drawn.
+NEEDS_NO_DATA = ("cache", "distill", "export")
 
 
 def run_demo(
@@ -31,6 +33,8 @@ def run_demo(
         out.print(dump_run(run), end="", markup=False)
         out.print(f"# would draw {train_scenes} + {test_scenes} scenes, then run: {', '.join(NAMES)}", markup=False)
         return
+    for name in NEEDS_NO_DATA:
+        load_stage(name, run)
     _draw(run, train_scenes, test_scenes)
     for name in NAMES:
         run_named(name, run, out)

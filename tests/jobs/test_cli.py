@@ -135,3 +135,10 @@ def test_second_run_says_that_nothing_is_to_be_done_and_drift_names_the_field(ru
     shown = decant("inspect", str(run_file)).stdout
     assert re.search(r"prepare\s*│\s*prepare/tiny@1\s*│\s*done", shown)
     assert re.search(r"cache\s*│\s*cache/tiny@1\s*│\s*not made", shown)
+
+
+def test_demo_refuses_a_bad_setting_before_it_draws_anything(run_file: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data" / "train.json"
+    done = decant("demo", str(run_file), "--set", "student.layers.ratio=0.05", "--set", f"prepare.data={data}")
+    refused(done, "replaces no layer")
+    assert not data.parent.exists()
