@@ -7,6 +7,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 
 # Seconds between two lines in a log.
 INTERVAL = 10.0
@@ -19,11 +20,13 @@ class Progress:
         self.title, self.total, self.unit = title, total, unit
         self.started = self.last = time.monotonic()
         self.first: int | None = None
+        self.shown: int | None = None
         self.bar: RichProgress | None = None
         if sys.stderr.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-            times = (TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn())
-            self.bar = RichProgress(*columns, *times, console=Console(stderr=True))
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
+            rate = TextColumn("{task.fields[rate]}", table_column=Column(no_wrap=True))
+            times = (TimeElapsedColumn(), TimeRemainingColumn())
+            self.bar = RichProgress(*columns, rate, *times, console=Console(stderr=True))
             self.task = self.bar.add_task(title, total=total, rate="")
 
     def __enter__(self) -> "Progress":
@@ -46,8 +49,9 @@ class Progress:
         if self.bar:
             self.bar.update(self.task, completed=done, rate=f"{rate:.1f} {self.unit}/s {note}")
             return
-        if now - self.last >= INTERVAL or done == self.total:
-            self.last = now
+        ended = done == self.total and done != self.shown
+        if now - self.last >= INTERVAL or ended:
+            self.last, self.shown = now, done
             of = f"/{self.total}" if self.total else ""
             left = f", {(self.total - done) / rate:.0f} s left" if self.total and rate else ""
             print(
