@@ -91,6 +91,29 @@ def test_files_are_llava_conversations_with_families_in_turn(tmp_path: Path) -> 
     assert all([t["from"] for t in r["conversations"]] == ["human", "gpt"] for r in records)
 
 
+def test_teacher_trains_on_the_very_tokens_that_prepare_makes(scenes_folder: Path) -> None:
+    from jobs.demo import train_teacher
+    from pipeline.data.conversations import read_conversations
+    from pipeline.data.encoding import Encoder, read_image
+
+    encoder, strokes = Encoder(teacher_model.build_processor(), 128), Strokes("train")
+    drawn, samples = [], []
+    for index, conversation in enumerate(read_conversations(str(scenes_folder / "train.json"))):
+        family = list(FAMILIES)[index % len(FAMILIES)]
+        drawn.append(draw_sample(strokes, sample_rng("train", 0, index), family, augment=True))
+        samples.append(encoder.encode(conversation, read_image(conversation, str(scenes_folder))))
+    batch = train_teacher.encode(encoder.tokenizer, drawn)
+    for ids, labels, sample in zip(batch["ids"].numpy(), batch["labels"].numpy(), samples, strict=True):
+        ((start, stop),) = sample.spans
+        assert np.array_equal(ids[: len(sample.input_ids)], sample.input_ids)
+        assert np.array_equal(np.flatnonzero(labels != -100), np.arange(start, stop))
+        assert np.array_equal(labels[start:stop], ids[start:stop])
+    pixels = train_teacher.pixels(batch["images"])
+    ours = encoder.processor.image_processor([scene.image for scene, _ in drawn], return_tensors="pt")["pixel_values"]
+    # the processor scales by 1/255 and then by the mean and deviation: float32 rounding apart, the same
+    assert float((pixels - ours).abs().max()) < 1e-6
+
+
 def test_augmentation_bends_strokes() -> None:
     strokes = Strokes("train")
     plain, bent = (draw_sample(strokes, sample_rng("train", 0, 0), "largest", augment=a)[0] for a in (False, True))
