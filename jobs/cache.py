@@ -5,7 +5,6 @@ teacher actor computes and commits it. Nothing is remembered outside the store: 
 """
 
 import logging
-import time
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -183,12 +182,12 @@ class TeacherActor:
         self.teacher = Teacher(job.teacher, job.config, job.tapped, job.device, job.batch)
 
     def __call__(self, row: pa.Table) -> pa.Table:
-        """Commits the row's shard; returns its index, rows and seconds."""
-        started, index = time.monotonic(), row["shard"][0].as_py()
+        """Commits the row's shard; returns its index and rows."""
+        index = row["shard"][0].as_py()
         samples = _read_samples(self.job, index)
         pixels = np.frombuffer(row["pixels"][0].as_buffer(), np.float32).reshape(row["shape"][0].as_py())
         images = iter(pixels)
         prepared = [PreparedSample(s, None if s.image is None else next(images)) for s in samples]
         columns = self.teacher.capture(prepared)
         write_shard(self.store, self.job.targets, self.teacher.table, index, columns, self.job.fingerprint)
-        return pa.table({"shard": [index], "rows": [len(samples)], "seconds": [time.monotonic() - started]})
+        return pa.table({"shard": [index], "rows": [len(samples)]})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.data.collate import pad_id_of, pad_tokens, pixel_values, predicting_positions
+from pipeline.data.collate import pad_id_of, pad_tokens, predicting_positions
 from pipeline.data.encoding import EncodedSample
 from pipeline.models import body, decoder, head, load_model, load_processor, pick_device
 from pipeline.taps import encode_tap, is_tapped, recorded
@@ -27,13 +27,6 @@ class PreparedSample:
 
     sample: EncodedSample
     pixels: np.ndarray | None
-
-
-def prepare_pixels(processor: Any, samples: Sequence[EncodedSample]) -> list[PreparedSample]:
-    """Decodes and preprocesses the samples' images."""
-    pixels = pixel_values(processor, [s.image for s in samples])
-    rows = iter(() if pixels is None else pixels.numpy())
-    return [PreparedSample(s, None if s.image is None else next(rows)) for s in samples]
 
 
 class Teacher:

@@ -10,8 +10,6 @@ from schemas.errors import ConfigInvalid
 MODEL_FILES = ("config.json", "generation_config.json")
 # What a folder may hold beside weights and configuration that changes how text or images are read.
 PROCESSOR_SUFFIXES = (".json", ".jinja", ".txt", ".model")
-
-
 NO_PROCESSOR_FILES = {*MODEL_FILES, "training.json", "model.safetensors.index.json"}
 
 

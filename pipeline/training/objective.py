@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from pipeline.losses import gold_cross_entropy, layer_loss, sampled_kl
 from pipeline.mixer import Mamba2Mixer
 from pipeline.models import body, head
-from pipeline.training.batches import Batch, TapBatch
+from pipeline.training.batches import Batch
 from schemas.config import LossWeights
 
 Metrics = dict[str, Tensor]
@@ -29,16 +29,12 @@ class LayerObjective(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """Sum over layers of the mean layer loss: a token for ``mse``, a sample for ``frobenius``."""
         assert batch.taps is not None, "an align step goes over tapped rows only"
-        return self.loss(batch, batch.taps)
-
-    def loss(self, batch: Batch, taps: TapBatch) -> tuple[Tensor, Metrics]:
-        """As ``forward``, of this worker's taps in the batch."""
         count = batch.global_tap_tokens if self.kind == "mse" else batch.global_tapped
         metrics: Metrics = {}
         for name, mixer in self.mixers.items():
-            value_in, value_out = taps.layers[int(name)]
+            value_in, value_out = batch.taps.layers[int(name)]
             output, _ = mixer(value_in.to(next(mixer.parameters()).dtype))
-            value = layer_loss(output, value_out, taps.mask, self.kind, self.power[int(name)])
+            value = layer_loss(output, value_out, batch.taps.mask, self.kind, self.power[int(name)])
             metrics[f"layer_{name}"] = value / count
         return torch.stack(list(metrics.values())).sum(), metrics
 
@@ -64,7 +60,7 @@ class DistillObjective(nn.Module):
             metrics["ce"] = gold_cross_entropy(hidden_PD, output, batch.gold) / batch.global_positions
             loss = loss + self.weights.ce * metrics["ce"]
         if self.weights.layer and batch.taps is not None:
-            layer, found = self.layer.loss(batch, batch.taps)
+            layer, found = self.layer(batch)
             loss = loss + self.weights.layer * layer
             metrics |= found
         return loss, metrics
