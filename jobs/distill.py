@@ -11,17 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
 from cluster.placement import check_fits
 from cluster.session import session
 from jobs.progress import Progress
 from jobs.stages import layer_plan, open_store, resolved, tapped_layers, teacher_digests, teacher_path
 from pipeline.models import load_processor, pick_device
-from pipeline.ops.opset import TORCH
+from pipeline.ops.backends import resolve
 from pipeline.stage import Stage
 from pipeline.store import Store
-from pipeline.student import build_student
+from pipeline.student import build_student, record_of, trained_bytes
 from pipeline.training.batches import CachedBatches
 from pipeline.training.loop import Saving, Training, Worker
 from schemas.config import RunConfig
@@ -43,6 +42,7 @@ class DistillJob:
     teacher: str
     plan: LayerPlan
     tapped: tuple[int, ...]
+    digests: dict[str, str]
     fingerprint: str
 
 
@@ -67,7 +67,12 @@ def stage(run: RunConfig) -> Stage:
             )
     settings = {
         **config.model_dump(mode="json", exclude={"artifact", "checkpoint_every"}),
-        "student": {"layers": plan.total, "replaced": plan.replaced, "init": run.student.init},
+        "student": {
+            "layers": plan.total,
+            "replaced": plan.replaced,
+            "init": run.student.init,
+            "train": run.student.train,
+        },
         "teacher": teacher_digests(run.teacher.path),
     }
 
@@ -84,7 +89,10 @@ def needs_taps(run: RunConfig) -> bool:
 
 def distill_job(run: RunConfig, fingerprint: str) -> DistillJob:
     """What the workers of this run's training need."""
-    return DistillJob(run, open_store(run).url, teacher_path(run), layer_plan(run), tapped_layers(run), fingerprint)
+    digests = teacher_digests(run.teacher.path)
+    return DistillJob(
+        run, open_store(run).url, teacher_path(run), layer_plan(run), tapped_layers(run), digests, fingerprint
+    )
 
 
 def _distill(store: Store, job: DistillJob) -> dict[str, Any]:
@@ -92,18 +100,14 @@ def _distill(store: Store, job: DistillJob) -> dict[str, Any]:
     with session():
         check_fits("distill", job.run.placement.distill)
         _fit(job)
-    history = _read_curve(store, f"{ref}/{CURVE}")
+    curve = json.loads(store.read(f"{ref}/{CURVE}"))
     return {
         "replaced": list(job.plan.replaced),
         "steps": sum(p.steps for p in job.run.distill.phases),
         "workers": job.run.placement.distill.workers,
-        "last": history[-1],
+        "backend": curve["backend"],
+        "last": curve["history"][-1],
     }
-
-
-def _read_curve(store: Store, name: str) -> list[dict[str, Any]]:
-    history: list[dict[str, Any]] = json.loads(store.read(name))
-    return history
 
 
 def _fit(job: DistillJob) -> None:
@@ -179,7 +183,10 @@ def train_student(job: DistillJob, worker: Worker, report: Any) -> None:
     run = job.run
     store, ref = Store(job.store), run.ref("distill")
     dtype = getattr(torch, run.distill.dtype)
-    model = build_student(job.teacher, job.plan, run.student.init, run.distill.seed, dtype, worker.device, TORCH)
+    ops = resolve(run.placement.backend, worker.device)
+    model = build_student(
+        job.teacher, job.plan, run.student.init, run.distill.seed, dtype, worker.device, ops, job.digests
+    )
     batches = CachedBatches(
         store,
         run.ref("prepare"),
@@ -194,12 +201,14 @@ def train_student(job: DistillJob, worker: Worker, report: Any) -> None:
         batches,
         run.distill,
         run.cache.targets.temperature,
-        run.student.init,
+        run.student,
         worker,
         Saving(store, ref, job.fingerprint),
     )
     state = training.run(report)
     if worker.rank == 0:
-        store.write(f"{ref}/{INITIAL}", save(training.initial))
-        store.write(f"{ref}/{WEIGHTS}", save(training.trained()))
-        store.write(f"{ref}/{CURVE}", (json.dumps(state.history, indent=0) + "\n").encode())
+        record, parts = record_of(model), run.student.train
+        store.write(f"{ref}/{INITIAL}", trained_bytes(training.initial, record, parts))
+        store.write(f"{ref}/{WEIGHTS}", trained_bytes(training.trained(), record, parts))
+        curve = {"backend": ops.backend, "history": state.history}
+        store.write(f"{ref}/{CURVE}", (json.dumps(curve, indent=0) + "\n").encode())

@@ -4,9 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from safetensors.torch import load
 from transformers import PreTrainedModel
 
 from cluster.placement import check_fits
@@ -17,11 +15,12 @@ from jobs.stages import file_digest, layer_plan, open_store, resolved, teacher_d
 from pipeline.data.encoding import Encoder
 from pipeline.evaluation import Answers, answer, held_out_kl, read_questions, score
 from pipeline.models import load_model, load_processor, pick_device
-from pipeline.ops.opset import TORCH
+from pipeline.ops.backends import resolve
 from pipeline.stage import Stage
 from pipeline.store import Store
-from pipeline.student import build_student, load_trained
-from schemas.config import RunConfig
+from pipeline.student import apply_trained, build_student
+from pipeline.surgery import mixers
+from schemas.config import Backend, RunConfig
 from schemas.layers import LayerPlan
 
 Who = Literal["teacher", "student_untrained", "student"]
@@ -36,6 +35,7 @@ class EvaluateJob:
     store: str
     teacher: str
     plan: LayerPlan
+    digests: dict[str, str]
 
 
 def stage(run: RunConfig) -> Stage:
@@ -48,7 +48,7 @@ def stage(run: RunConfig) -> Stage:
     }
 
     def work(store: Store, _: str) -> dict[str, Any]:
-        return _evaluate(store, EvaluateJob(run, open_store(run).url, teacher_path(run), plan))
+        return _evaluate(store, EvaluateJob(run, open_store(run).url, teacher_path(run), plan, settings["teacher"]))
 
     return Stage(run.ref("evaluate"), (run.ref("distill"),), settings, work, resolved(run))
 
@@ -60,9 +60,10 @@ def _evaluate(store: Store, job: EvaluateJob) -> dict[str, Any]:
     with session():
         place = run.placement.evaluate
         check_fits("evaluate", place)
-        answers = _ask(job, whos, len(questions))
+        asked = _ask(job, whos, len(questions))
+    answers = {who: found for who, (found, _) in asked.items()}
     head_model = load_model(job.teacher, getattr(torch, run.evaluate.dtype), torch.device("cpu"))
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = {"backend": asked["student"][1]}
     for who in whos:
         result[who] = {"exact_match": score(questions, answers[who].texts)}
         if who != "teacher":
@@ -83,7 +84,7 @@ def _evaluate(store: Store, job: EvaluateJob) -> dict[str, Any]:
     return result
 
 
-def _ask(job: EvaluateJob, whos: list[Who], count: int) -> dict[Who, Answers]:
+def _ask(job: EvaluateJob, whos: list[Who], count: int) -> dict[Who, tuple[Answers, Backend | None]]:
     import ray
     from ray.util.queue import Queue
 
@@ -91,7 +92,7 @@ def _ask(job: EvaluateJob, whos: list[Who], count: int) -> dict[Who, Answers]:
     mailbox = Queue(actor_options={"num_cpus": 0})
     remote = ray.remote(num_cpus=place.cpus_per_worker, num_gpus=place.gpus_per_worker)(answer_as)
     waiting = {remote.remote(job, who, mailbox): who for who in whos}
-    answers: dict[Who, Answers] = {}
+    answers: dict[Who, tuple[Answers, Backend | None]] = {}
     done = dict.fromkeys(whos, 0)
     with Progress("evaluate", count * len(whos), "answers") as progress:
         while waiting:
@@ -100,14 +101,13 @@ def _ask(job: EvaluateJob, whos: list[Who], count: int) -> dict[Who, Answers]:
                 done[who] = number
             progress.update(sum(done.values()))
             for ref in ready:
-                texts, hidden = ray.get(ref)
-                answers[waiting.pop(ref)] = Answers(texts, hidden)
+                answers[waiting.pop(ref)] = ray.get(ref)
         progress.update(count * len(whos))
     mailbox.shutdown(force=True)
     return answers
 
 
-def answer_as(job: EvaluateJob, who: Who, mailbox: Any) -> tuple[list[str], np.ndarray]:
+def answer_as(job: EvaluateJob, who: Who, mailbox: Any) -> tuple[Answers, Backend | None]:
     """Task: one model's answers to all questions."""
     run = job.run
     torch.set_num_threads(max(1, round(run.placement.evaluate.cpus_per_worker)))
@@ -119,7 +119,7 @@ def answer_as(job: EvaluateJob, who: Who, mailbox: Any) -> tuple[list[str], np.n
 
     model = load_contestant(job, who)
     found = answer(model, processor, questions, run.placement.evaluate.batch, run.evaluate.max_new_tokens, progress)
-    return found.texts, found.hidden
+    return found, None if who == "teacher" else next(iter(mixers(model).values())).ops.backend
 
 
 def load_contestant(job: EvaluateJob, who: Who) -> PreTrainedModel:
@@ -128,7 +128,8 @@ def load_contestant(job: EvaluateJob, who: Who) -> PreTrainedModel:
     dtype = getattr(torch, run.evaluate.dtype)
     if who == "teacher":
         return load_model(job.teacher, dtype, device)
-    model = build_student(job.teacher, job.plan, run.student.init, run.distill.seed, dtype, device, TORCH)
+    ops = resolve(run.placement.backend, device)
+    model = build_student(job.teacher, job.plan, run.student.init, run.distill.seed, dtype, device, ops, job.digests)
     name = f"{run.ref('distill')}/{WEIGHTS if who == 'student' else INITIAL}"
-    load_trained(model, load(Store(job.store).read(name)), name)
+    apply_trained(model, Store(job.store).read(name), name)
     return model

@@ -1,13 +1,11 @@
-"""Stage ``export``: the student as one self-contained folder that a fresh process loads with ``load_student``."""
+"""Stage ``export``: the student as one self-contained folder that a fresh process loads with ``load_hybrid``."""
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save_file
 from transformers import PreTrainedModel
 
 from jobs.distill import WEIGHTS
@@ -16,7 +14,7 @@ from pipeline.folders import folder_config, processor_files
 from pipeline.ops.opset import TORCH
 from pipeline.stage import Stage
 from pipeline.store import Store
-from pipeline.student import HYBRID_FILE, build_student, describe, load_student, load_trained
+from pipeline.student import apply_trained, build_student, load_hybrid, save_hybrid
 from pipeline.surgery import trainable_names
 from schemas.config import RunConfig
 from schemas.errors import ShardCorrupt
@@ -60,31 +58,27 @@ def merged_student(store: Store, run: RunConfig) -> PreTrainedModel:
         getattr(torch, stored),
         torch.device("cpu"),
         TORCH,
+        teacher_digests(run.teacher.path),
     )
-    for name in trainable_names(model):
+    for name in trainable_names(model, run.student.train):
         parameter = model.get_parameter(name)
         parameter.data = parameter.data.float()
     source = f"{run.ref('distill')}/{WEIGHTS}"
-    load_trained(model, load(store.read(source)), source)
+    apply_trained(model, store.read(source), source)
     return model
 
 
 def write_folder(student: PreTrainedModel, teacher: str, folder: Path) -> None:
-    """Weights, configuration, the hybrid's description, and the teacher's processor files."""
-    # clones: tied weights share memory, which safetensors refuses
-    weights = {k: v.detach().clone().contiguous() for k, v in student.state_dict().items()}
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    student.config.save_pretrained(folder)
-    (folder / HYBRID_FILE).write_text(json.dumps(describe(student), indent=1) + "\n")
-    for path in [Path(teacher) / "generation_config.json", *processor_files(teacher)]:
-        if path.is_file():
-            shutil.copyfile(path, folder / path.name)
+    """The hybrid and the teacher's processor files."""
+    save_hybrid(student, folder)
+    for path in processor_files(teacher):
+        shutil.copyfile(path, folder / path.name)
 
 
 @torch.no_grad()
 def _check(student: PreTrainedModel, folder: Path) -> float:
     """Largest logit difference, in float32, between the student and what the folder loads as; must be 0."""
-    loaded = load_student(str(folder), torch.float32, torch.device("cpu"), TORCH)
+    loaded = load_hybrid(folder, backend="torch")
     vocabulary = student.get_input_embeddings().num_embeddings
     ids = torch.randint(4, vocabulary, (1, CHECK_TOKENS), generator=torch.Generator().manual_seed(0))
     difference = float((student.float()(input_ids=ids).logits - loaded(input_ids=ids).logits).abs().max())

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.mixer import D_CONV, Mamba2Mixer
-from pipeline.surgery import attention_projections
+from pipeline.surgery import attention_projections, qk_gains
 from schemas.config import Init
 
 # Mamba-2's ranges for the step size and the decay rate.
 DT_MIN, DT_MAX, DT_FLOOR, A_MAX = 1e-3, 0.1, 1e-4, 16.0
 # silu(1.278) = 1: the gate lets everything through.
 OPEN_GATE = 1.278
+# How many tokens' values an attention output averages, roughly: a mean of n unrelated vectors is √n shorter than they.
+AVERAGED = 16
 # Memory lengths of the heads under `mimic`, tokens: from a phrase to longer than most prompts.
 SHORTEST_MEMORY, LONGEST_MEMORY = 16.0, 4096.0
 
@@ -32,8 +34,15 @@ def initialise(mixer: Mamba2Mixer, attention: nn.Module, init: Init, generator: 
     for block, source in (("x", v), ("B", k), ("C", q)):
         mixer.in_proj.weight[rows[block]] = source.weight
     mixer.out_proj.weight.copy_(o.weight)
+    scale = float(getattr(attention, "scaling", mixer.dims.head_dim**-0.5))
+    if mixer.c_norm is not None and mixer.b_norm is not None:
+        gains = qk_gains(attention, mixer.dims.head_dim)
+        assert gains is not None
+        # a norm takes away what the rows of C are multiplied by, so the attention's scale goes after it
+        mixer.c_norm.weight.copy_(gains[0] * (scale if init == "mimic" else 1.0))
+        mixer.b_norm.weight.copy_(gains[1])
     if init == "mimic":
-        _mimic(mixer, q, k, v, o)
+        _mimic(mixer, (q, k, v, o), scale if mixer.c_norm is None else 1.0)
 
 
 def _stock(mixer: Mamba2Mixer, generator: torch.Generator) -> None:
@@ -64,10 +73,9 @@ def inverse_softplus(value: Tensor) -> Tensor:
     return value + torch.log(-torch.expm1(-value))
 
 
-def _mimic(mixer: Mamba2Mixer, q: nn.Linear, k: nn.Linear, v: nn.Linear, o: nn.Linear) -> None:
+def _mimic(mixer: Mamba2Mixer, projections: tuple[nn.Linear, ...], scale: float) -> None:
     """Identity convolution that also holds the projections' biases, constant step 1, slow decay, open gate."""
-    dims, rows = mixer.dims, mixer.dims.rows
-    scale = 1 / math.sqrt(dims.head_dim)
+    (q, k, v, o), dims, rows = projections, mixer.dims, mixer.dims.rows
     mixer.in_proj.weight[rows["C"]] *= scale
     mixer.in_proj.weight[rows["z"]] = 0
     mixer.in_proj.weight[rows["dt"]] = 0
@@ -84,8 +92,8 @@ def _mimic(mixer: Mamba2Mixer, q: nn.Linear, k: nn.Linear, v: nn.Linear, o: nn.L
         mixer.in_proj.bias.zero_()
         mixer.in_proj.bias[rows["z"]] = OPEN_GATE
         mixer.out_proj.bias.copy_(torch.zeros_like(mixer.out_proj.bias) if o.bias is None else o.bias)
-    # An average of values is at most as large as the values themselves; taps, where there are any, give the true gain.
-    mixer.norm.weight.fill_(float(v.weight.float().square().sum(1).mean().sqrt()))
+    # The size of a mean of values, for inputs of unit size; taps, where there are any, give the true gain.
+    mixer.norm.weight.fill_(float((v.weight.float().square().sum(1).mean() / AVERAGED).sqrt()))
 
 
 @torch.no_grad()

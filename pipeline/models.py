@@ -12,6 +12,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from schemas.config import Device
@@ -41,9 +42,12 @@ def load_model(path: str, dtype: torch.dtype, device: torch.device) -> PreTraine
 
 
 def build_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of the configuration, its weights still to be loaded by the caller."""
+    """A model of the configuration whose weights are not even initialised; the caller loads every one."""
     loader = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-    return cast(PreTrainedModel, loader.from_config(config, dtype=dtype))
+    with no_init_weights():
+        model = cast(PreTrainedModel, loader.from_config(config, dtype=dtype))
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
 
 
 def body(model: PreTrainedModel) -> nn.Module:
@@ -63,5 +67,10 @@ def decoder(model: PreTrainedModel) -> nn.Module:
 
 
 def connector(model: PreTrainedModel) -> nn.Module | None:
-    """The vision-language connector, None for a text model."""
-    return cast("nn.Module | None", getattr(body(model), "multi_modal_projector", None))
+    """The vision-language connector, None for a text model.
+
+    Llava and its kin call it ``multi_modal_projector``; in Qwen2-VL and 2.5-VL it is the vision tower's ``merger``.
+    """
+    inner = body(model)
+    found = getattr(inner, "multi_modal_projector", None) or getattr(getattr(inner, "visual", None), "merger", None)
+    return cast("nn.Module | None", found)

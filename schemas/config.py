@@ -14,6 +14,10 @@ from schemas.layers import LayersConfig
 Init = Literal["matvlm", "mimic", "random"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16"]
+# Who computes the mixers' operations; `auto` takes the kernels where they are installed and the device is CUDA.
+Backend = Literal["auto", "torch", "mamba-ssm"]
+# What of the student trains. `norms` and `mlp` are those of the replaced layers.
+Part = Literal["mixers", "connector", "norms", "mlp"]
 # Counts are stored in one byte.
 MAX_DRAWS = 255
 
@@ -70,10 +74,11 @@ class CacheConfig(StageSection):
 
 
 class StudentConfig(Section):
-    """The hybrid: which layers become Mamba-2 and how their mixers start."""
+    """The hybrid: which layers become Mamba-2, how their mixers start, and what trains."""
 
     layers: LayersConfig
     init: Init = "mimic"
+    train: tuple[Part, ...] = Field(("mixers", "connector"), min_length=1)
 
 
 class LossWeights(Section):
@@ -167,6 +172,7 @@ class Placement(Section):
     """Where the stages run. Changing it never changes what a stage makes, beyond the hardware's rounding."""
 
     device: Device = "auto"
+    backend: Backend = "auto"
     cache: CachePlacement = CachePlacement()
     distill: WorkerPlacement = WorkerPlacement()
     evaluate: WorkerPlacement = WorkerPlacement()

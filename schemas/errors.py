@@ -31,3 +31,7 @@ class ShardCorrupt(DecantError):
 
 class StoreUnavailable(DecantError):
     """The artifact store cannot be read or written."""
+
+
+class BackendUnavailable(DecantError):
+    """A backend was asked for by name and cannot be used here; says why and how to install it."""

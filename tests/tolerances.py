@@ -1,5 +1,7 @@
 """Every tolerance of the tests, with its reason, in one place."""
 
+import torch
+
 # float64 sums of a few thousand terms of size one: rounding stays below 1e-12; gradients add one more such sum.
 FLOAT64 = 1e-10
 # float32 logits of a small model: two orders of summation differ by some units in the last place of values up to ten.
@@ -8,3 +10,18 @@ FLOAT32_LOGITS = 2e-5
 SIGMAS = 5.0
 # bfloat16 keeps eight bits: half a unit in the last place is 2^-9 of the value.
 BFLOAT16_RELATIVE = 2.0**-8
+# The scan in float32 against float64, as a share of the norm: decays are exponentials of differences of sums over a
+# chunk, whose rounding (2^-24 of values up to a hundred) is the relative error of every weight.
+FLOAT32_SCAN = 1e-5
+# Logits of up to 5 from four random layers, relative and absolute. Chunks regroup the scan's sums, and each norm over
+# eight values amplifies what rounding left; in float64 the same comparisons must agree to many more digits.
+CACHED_LOGITS = 1e-4
+PADDED_LOGITS = 1e-5
+FLOAT64_LOGITS = 1e-10
+# Kernels against float64, as a share of the norm. float32: the scan's bound with as many roundings again, since the
+# kernels regroup sums. bfloat16: inputs are exact, but scores, states and the backward's products are rounded to 2^-9
+# four deep, and dA, dD and ddt are sums of terms of both signs that are several times larger than what is left.
+KERNEL_RELATIVE = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
+# Whole mixers divide by norms of a head, which amplifies rounding as much in plain torch; a kernel may do this worse.
+KERNEL_OVER_TORCH = 4.0
+STOCK_MAMBA2 = {torch.float32: 1e-3, torch.bfloat16: 2e-2}

@@ -1,7 +1,4 @@
-"""The operations that a mixer needs over whole sequences, from one backend, handed in from outside.
-
-One-token steps and the gated norm are plain torch in every backend.
-"""
+"""The operations that a mixer needs, from one backend, handed in from outside."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,15 +6,21 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pipeline.ops import reference
+from schemas.config import Backend
 
 
 @dataclass(frozen=True)
 class OpSet:
-    """``scan`` and ``conv`` have the signatures of ``reference.ssd_scan`` and ``reference.causal_conv``."""
+    """``scan``, ``conv`` and ``step`` mean what ``reference.ssd_scan``, ``causal_conv`` and ``ssd_step`` do.
 
-    backend: str
+    ``fused`` is everything between ``in_proj`` and the mixer's output in one operation, where a backend has it.
+    """
+
+    backend: Backend
     scan: Callable[..., tuple[Tensor, Tensor]]
-    conv: Callable[[Tensor, Tensor, Tensor], Tensor]
+    conv: Callable[..., tuple[Tensor, Tensor]]
+    step: Callable[..., tuple[Tensor, Tensor]]
+    fused: Callable[..., Tensor] | None = None
 
 
-TORCH = OpSet("torch", reference.ssd_scan, reference.causal_conv)
+TORCH = OpSet("torch", reference.ssd_scan, reference.causal_conv, reference.ssd_step)

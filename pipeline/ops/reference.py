@@ -3,6 +3,9 @@
 Shapes: B batch, L length, H heads, P head dimension (value), N state dimension (key), K kernel width, C channels.
 The scan is the state-space dual of Dao & Gu 2024 (arXiv 2405.21060), listing 1, with one B and C per head:
 ``h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T``, ``y_t = h_t C_t + D x_t``.
+
+Inputs below float32 are computed in float32. ``seq_idx`` [B, L] numbers the sequences packed in a row, in ascending
+order: no state crosses from one to the next, and a given initial state belongs to the first.
 """
 
 import torch
@@ -11,72 +14,121 @@ from torch import Tensor
 
 
 def ssd_scan(
-    x_BLHP: Tensor, dt_BLH: Tensor, a_H: Tensor, b_BLHN: Tensor, c_BLHN: Tensor, d_H: Tensor, chunk: int = 128
+    x_BLHP: Tensor,
+    dt_BLH: Tensor,
+    a_H: Tensor,
+    b_BLHN: Tensor,
+    c_BLHN: Tensor,
+    d_H: Tensor,
+    state_BHPN: Tensor | None = None,
+    seq_idx_BL: Tensor | None = None,
+    chunk: int = 128,
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, L, H, P] in x's type and final state [B, H, P, N] in float32, from a zero state.
+    """Output [B, L, H, P] in x's type and final state [B, H, P, N], at least float32.
 
-    ``dt`` is positive (after softplus), ``a`` negative. Quadratic within a chunk, linear over chunks.
+    ``dt`` is not negative (after softplus), ``a`` negative. Quadratic within a chunk, linear over chunks (Q).
     """
-    batch, length, heads, width = x_BLHP.shape
+    length = x_BLHP.shape[1]
     chunk = min(chunk, length)
     pad = -length % chunk
     # dt = 0 at the padding: it neither decays nor feeds the state
-    x, dt, b, c = (_pad(t.float(), pad) for t in (x_BLHP, dt_BLH, b_BLHN, c_BLHN))
+    x, dt, b, c = (_pad(_wide(t), pad) for t in (x_BLHP, dt_BLH, b_BLHN, c_BLHN))
     x_in = (x * dt[..., None]).unflatten(1, (-1, chunk))
     b, c = b.unflatten(1, (-1, chunk)), c.unflatten(1, (-1, chunk))
-    decay_BHQL = (dt * a_H.float()).unflatten(1, (-1, chunk)).permute(0, 3, 1, 2).cumsum(-1)
+    decay_BHQL = (dt * _wide(a_H)).unflatten(1, (-1, chunk)).permute(0, 3, 1, 2).cumsum(-1)
+    within, to_end, from_start, carried = _decays(decay_BHQL, _chunked_sequences(seq_idx_BL, pad, chunk))
 
     # within each chunk: masked, decayed attention
-    span = decay_BHQL[..., :, None] - decay_BHQL[..., None, :]
-    keep = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
-    weights = torch.einsum("bqlhn,bqshn->bhqls", c, b) * span.masked_fill(~keep, -torch.inf).exp()
-    y = torch.einsum("bhqls,bqshp->bqlhp", weights, x_in)
+    y = torch.einsum("bhqls,bqshp->bqlhp", torch.einsum("bqlhn,bqshn->bhqls", c, b) * within, x_in)
 
     # between chunks: the recurrence on one state a chunk
-    to_end = (decay_BHQL[..., -1:] - decay_BHQL).exp()
     update_QBHPN = torch.einsum("bqlhn,bhql,bqlhp->qbhpn", b, to_end, x_in)
-    state = x.new_zeros(batch, heads, width, b.shape[-1])
+    state = torch.zeros_like(update_QBHPN[0]) if state_BHPN is None else state_BHPN.to(x.dtype)
     before = []
     for q in range(update_QBHPN.shape[0]):
         before.append(state)
-        state = state * decay_BHQL[:, :, q, -1].exp()[..., None, None] + update_QBHPN[q]
-    if len(before) > 1:
-        y = y + torch.einsum("bqlhn,qbhpn,bhql->bqlhp", c, torch.stack(before), decay_BHQL.exp())
-    y = y.flatten(1, 2)[:, :length] + d_H.float()[:, None] * x_BLHP.float()
+        state = state * carried[:, :, q, None, None] + update_QBHPN[q]
+    if len(before) > 1 or state_BHPN is not None:
+        y = y + torch.einsum("bqlhn,qbhpn,bhql->bqlhp", c, torch.stack(before), from_start)
+    y = y.flatten(1, 2)[:, :length] + _wide(d_H)[:, None] * x[:, :length]
     return y.to(x_BLHP.dtype), state
+
+
+def _decays(decay_BHQL: Tensor, sequences: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Decay between positions of a chunk, from each to its end, from its start to each, and over all of it."""
+    chunk = decay_BHQL.shape[-1]
+    span = decay_BHQL[..., :, None] - decay_BHQL[..., None, :]
+    keep = torch.ones(chunk, chunk, dtype=torch.bool, device=span.device).tril()
+    to_end, from_start, carried = (decay_BHQL[..., -1:] - decay_BHQL).exp(), decay_BHQL.exp(), decay_BHQL[..., -1].exp()
+    if sequences is not None:
+        last = sequences[..., -1:]
+        before = torch.cat([sequences[:, :, :1, :1], last[:, :, :-1]], 2)
+        keep = keep & (sequences[..., :, None] == sequences[..., None, :])
+        to_end, from_start = to_end * (sequences == last), from_start * (sequences == before)
+        carried = carried * (last == before)[..., 0]
+    return span.masked_fill(~keep, -torch.inf).exp(), to_end, from_start, carried
+
+
+def _chunked_sequences(seq_idx_BL: Tensor | None, pad: int, chunk: int) -> Tensor | None:
+    """[B, 1, Q, L in a chunk]; padding belongs to the last sequence."""
+    if seq_idx_BL is None:
+        return None
+    padded = torch.cat([seq_idx_BL, seq_idx_BL[:, -1:].expand(-1, pad)], 1)
+    return padded.unflatten(1, (-1, chunk))[:, None]
 
 
 def _pad(tensor: Tensor, pad: int) -> Tensor:
     return F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, pad)) if pad else tensor
 
 
-def causal_conv(x_BLC: Tensor, weight_CK: Tensor, bias_C: Tensor) -> Tensor:
-    """Causal depthwise convolution followed by SiLU: [B, L, C] to [B, L, C], zeros before the first token."""
-    kernel = weight_CK.shape[1]
-    padded = F.pad(x_BLC, (0, 0, kernel - 1, 0))
-    length = x_BLC.shape[1]
-    out = bias_C + sum(padded[:, k : k + length] * weight_CK[:, k] for k in range(kernel))
-    return F.silu(out)
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def conv_step(window_BCK: Tensor, weight_CK: Tensor, bias_C: Tensor) -> Tensor:
-    """The convolution's output [B, C] for the last of the K newest inputs."""
-    return F.silu((window_BCK * weight_CK).sum(-1) + bias_C)
+def causal_conv(
+    x_BLC: Tensor,
+    weight_CK: Tensor,
+    bias_C: Tensor,
+    state_BKC: Tensor | None = None,
+    seq_idx_BL: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Causal depthwise convolution and SiLU: output [B, L, C] in x's type, and the state after it [B, K-1, C].
+
+    The state holds the last K-1 inputs of the (last) sequence; where there are fewer, and without a state, zeros.
+    """
+    back, length = weight_CK.shape[1] - 1, x_BLC.shape[1]
+    padded = F.pad(x_BLC, (0, 0, back, 0)) if state_BKC is None else torch.cat([state_BKC.to(x_BLC.dtype), x_BLC], 1)
+    sequences = None if seq_idx_BL is None else torch.cat([seq_idx_BL[:, :1].expand(-1, back), seq_idx_BL], 1)
+    out = bias_C + padded[:, back:] * weight_CK[:, back]
+    for k in range(back):
+        tap = padded[:, k : k + length] * weight_CK[:, k]
+        if sequences is not None:
+            tap = tap * (sequences[:, k : k + length] == sequences[:, back:])[..., None]
+        out = out + tap
+    state = padded[:, length:]
+    if sequences is not None:
+        state = state * (sequences[:, length:] == sequences[:, -1:])[..., None]
+    return F.silu(out).to(x_BLC.dtype), state
 
 
 def ssd_step(
     state_BHPN: Tensor, x_BHP: Tensor, dt_BH: Tensor, a_H: Tensor, b_BHN: Tensor, c_BHN: Tensor, d_H: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token: output [B, H, P] and the next state (float32)."""
-    x, dt = x_BHP.float(), dt_BH.float()
-    fed = torch.einsum("bhp,bhn->bhpn", x * dt[..., None], b_BHN.float())
-    state = state_BHPN * (dt * a_H.float()).exp()[..., None, None] + fed
-    y = torch.einsum("bhpn,bhn->bhp", state, c_BHN.float()) + d_H.float()[:, None] * x
+    """One token: output [B, H, P] in x's type, and the next state in the state's type."""
+    x, dt = x_BHP.to(state_BHPN.dtype), dt_BH.to(state_BHPN.dtype)
+    fed = torch.einsum("bhp,bhn->bhpn", x * dt[..., None], b_BHN.to(x.dtype))
+    state = state_BHPN * (dt * a_H).exp()[..., None, None] + fed
+    y = torch.einsum("bhpn,bhn->bhp", state, c_BHN.to(x.dtype)) + d_H[:, None] * x
     return y.to(x_BHP.dtype), state
 
 
 def gated_rms_norm(y_BLD: Tensor, z_BLD: Tensor, weight_D: Tensor, heads: int, eps: float) -> Tensor:
-    """``RMSNorm(y · SiLU(z)) · weight`` with one root mean square per head."""
-    gated = (y_BLD.float() * F.silu(z_BLD.float())).unflatten(-1, (heads, -1))
-    normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
-    return (normed.flatten(-2) * weight_D.float()).to(y_BLD.dtype)
+    """``RMSNorm(y · SiLU(z)) · weight`` with one root mean square per head, in y's type."""
+    gated = (_wide(y_BLD) * F.silu(_wide(z_BLD))).unflatten(-1, (heads, -1))
+    return (rms_norm(gated, eps).flatten(-2) * weight_D).to(y_BLD.dtype)
+
+
+def rms_norm(value: Tensor, eps: float) -> Tensor:
+    """The value over its root mean square along the last dimension, at least float32."""
+    wide = _wide(value)
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)

@@ -29,7 +29,7 @@ from pipeline.training.checkpoint import (
 from pipeline.training.objective import DistillObjective, LayerObjective
 from pipeline.training.schedule import learning_rate
 from schemas.artifacts import ArtifactRef
-from schemas.config import AlignPhase, DistillConfig, DistillPhase, Init
+from schemas.config import AlignPhase, DistillConfig, DistillPhase, StudentConfig
 
 # Tapped samples that set the gain of `mimic` and the scale of the layer loss: thousands of tokens for a few numbers.
 CALIBRATION_SAMPLES = 32
@@ -84,29 +84,29 @@ class Training:
         batches: CachedBatches,
         config: DistillConfig,
         temperature: float,
-        init: Init,
+        student: StudentConfig,
         worker: Worker,
         saving: Saving,
     ) -> None:
         self.model, self.batches, self.config = model, batches, config
         self.temperature, self.worker, self.saving = temperature, worker, saving
         self.parameters = dict(model.named_parameters())
-        self.trainable = trainable_names(model)
+        self.trainable = trainable_names(model, student.train)
         for name in self.trainable:
             self.parameters[name].data = self.parameters[name].data.float()
         self.names = {id(self.parameters[n]): n for n in self.trainable}
-        self.power = self._calibrate(init)
+        self.power = self._calibrate(matches=student.init == "mimic")
         self.state = TrainState()
         self.initial = self.trained()
 
-    def _calibrate(self, init: Init) -> dict[int, float]:
-        """Mean squared norm a token of each layer's target; under ``mimic`` also sets the mixers' gains."""
+    def _calibrate(self, *, matches: bool) -> dict[int, float]:
+        """Mean squared norm a token of each layer's target; if it ``matches``, also sets the mixers' gains."""
         taps = self.batches.first_taps(CALIBRATION_SAMPLES) if self.batches.layers else []
         power = {}
         for index, mixer in mixers(self.model).items():
             pairs = [(t[index][0], t[index][1]) for t in taps if index in t]
             dtype = mixer.out_proj.weight.dtype
-            if pairs and init == "mimic":
+            if pairs and matches:
                 match_gain(mixer, [(a.to(self.worker.device, dtype), b.to(self.worker.device)) for a, b in pairs])
             norms = torch.cat([b.float().square().sum(-1) for _, b in pairs]) if pairs else torch.ones(1)
             power[index] = float(norms.mean())

@@ -1,33 +1,28 @@
+from importlib.util import find_spec
+
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import (
+    GraniteMoeHybridConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PhiConfig,
+    SiglipVisionConfig,
+)
+from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridMambaLayer
 
-from pipeline.mixer import FLOAT32, Mamba2Mixer, MixerDims
-from pipeline.models import decoder
+import pipeline.mixer
+from pipeline.mixer import FLOAT32, Mamba2Mixer
 from pipeline.ops.opset import TORCH
 from pipeline.student import build_student
 from pipeline.surgery import mixers, replace_layers, trainable_names
-from schemas.layers import LayerPlan
-from tests.conftest import tiny_model
-from tests.tolerances import FLOAT32_LOGITS
+from schemas.errors import ConfigInvalid
+from schemas.hybrid import MixerDims
+from schemas.layers import LayerPlan, LayersConfig, plan_layers
+from tests.decoders import build, hybrid, randomise
+from tests.tolerances import FLOAT32_LOGITS, FLOAT64
 
 PHI2 = MixerDims(hidden=2560, heads=32, kv_heads=32, head_dim=80, bias=False)
-
-
-def hybrid(replaced: tuple[int, ...], init: str = "mimic") -> PreTrainedModel:
-    from pipeline.initialise import initialise
-
-    model = tiny_model()
-    generator = torch.Generator().manual_seed(1)
-    removed = replace_layers(model, LayerPlan(4, replaced), bias=init == "mimic", ops=TORCH)
-    for index, attention in removed.items():
-        initialise(mixers(model)[index], attention, init, generator)  # type: ignore[arg-type]
-    return model
-
-
-def prompts(lengths: tuple[int, ...], seed: int = 0) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(4, 80, (n,), generator=generator) for n in lengths]
 
 
 def test_phi2_mixer_has_stock_mamba2s_parameters() -> None:
@@ -47,46 +42,51 @@ def test_phi2_mixer_has_stock_mamba2s_parameters() -> None:
     assert sum(p.numel() for p in mixer.parameters()) == 32_890_976
 
 
-@pytest.mark.parametrize("replaced", [(0,), (0, 2), (1, 2, 3)])
-def test_left_padded_batch_gives_each_prompts_own_logits(replaced: tuple[int, ...]) -> None:
-    model, rows = hybrid(replaced), prompts((5, 11, 2))
-    ids, mask = torch.zeros(3, 11, dtype=torch.long), torch.zeros(3, 11, dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, 11 - len(row) :], mask[i, 11 - len(row) :] = row, 1
-    together = model(input_ids=ids, attention_mask=mask).logits
-    for i, row in enumerate(rows):
-        alone = model(input_ids=row[None]).logits[0]
-        torch.testing.assert_close(together[i, 11 - len(row) :], alone, rtol=FLOAT32_LOGITS, atol=FLOAT32_LOGITS)
-
-
-@pytest.mark.parametrize("replaced", [(0,), (0, 2), (1, 2, 3)])
-def test_cached_generation_gives_the_uncached_logits(replaced: tuple[int, ...]) -> None:
-    model = hybrid(replaced)
-    ids = torch.stack(prompts((6, 6)))
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=7,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-        return_dict_in_generate=True,
-        output_logits=True,
+@pytest.mark.parametrize(("ratio", "count"), [(0.125, 141_071_744), (0.25, 272_635_648), (0.5, 535_763_456)])
+def test_tinyllava_trains_as_many_parameters_as_matvlm(ratio: float, count: int) -> None:
+    text = PhiConfig(
+        vocab_size=51200, hidden_size=2560, intermediate_size=10240, num_hidden_layers=32, num_attention_heads=32
     )
-    whole = model(input_ids=out.sequences).logits
-    for t, logits in enumerate(out.logits):
-        torch.testing.assert_close(logits, whole[:, 5 + t], rtol=FLOAT32_LOGITS, atol=FLOAT32_LOGITS)
+    vision = SiglipVisionConfig(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        image_size=384,
+        patch_size=14,
+    )
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text))
+        plan = plan_layers(LayersConfig(ratio=ratio), 32)
+        replace_layers(model, plan, bias=False, ops=TORCH)
+    assert sum(model.get_parameter(n).numel() for n in trainable_names(model)) == count
 
 
-def test_continuing_a_cache_by_several_tokens_gives_the_uncached_logits() -> None:
-    from transformers import DynamicCache
-
-    model = hybrid((0, 2))
-    (ids,) = prompts((10,))
-    cache = DynamicCache(config=model.config)
-    model(input_ids=ids[None, :4], past_key_values=cache, use_cache=True)
-    rest = model(input_ids=ids[None, 4:], past_key_values=cache, use_cache=True).logits
-    torch.testing.assert_close(rest, model(input_ids=ids[None]).logits[:, 4:], rtol=FLOAT32_LOGITS, atol=FLOAT32_LOGITS)
+@pytest.mark.skipif(find_spec("causal_conv1d") is not None, reason="transformers would use its CUDA kernel")
+def test_mixer_is_transformers_mamba2_layer_with_the_same_state_dict() -> None:
+    """GraniteMoeHybrid's is stock Mamba-2 in torch, with one norm a group."""
+    config = GraniteMoeHybridConfig(
+        hidden_size=32,
+        mamba_n_heads=4,
+        mamba_d_head=8,
+        mamba_n_groups=4,
+        mamba_d_state=8,
+        mamba_expand=1,
+        mamba_chunk_size=16,
+        mamba_proj_bias=False,
+        rms_norm_eps=1e-5,
+        num_hidden_layers=1,
+        layer_types=["linear_attention"],
+    )
+    theirs = GraniteMoeHybridMambaLayer(config, 0).eval()
+    ours = Mamba2Mixer(MixerDims(hidden=32, heads=4, kv_heads=4, head_dim=8, bias=False), 0).eval()
+    randomise(ours, 0)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    torch.manual_seed(0)
+    for length in (1, 15, 40):
+        u = torch.randn(2, length, 32)
+        torch.testing.assert_close(ours(u)[0], theirs(u), rtol=FLOAT32_LOGITS, atol=FLOAT32_LOGITS)
 
 
 def test_grouped_queries_repeat_compact_x_and_b() -> None:
@@ -110,7 +110,7 @@ def test_grouped_queries_repeat_compact_x_and_b() -> None:
 
 
 def test_decay_parameters_stay_float32_to_the_bit_under_a_bfloat16_cast() -> None:
-    model = hybrid((1,), init="random")
+    model = hybrid(build("phi"), (1,), init="random")
     before = {n: getattr(mixers(model)[1], n).detach().clone() for n in FLOAT32}
     model.to(torch.bfloat16)
     mixer = mixers(model)[1]
@@ -120,7 +120,7 @@ def test_decay_parameters_stay_float32_to_the_bit_under_a_bfloat16_cast() -> Non
 
 
 def test_mixers_and_connector_train_and_nothing_else() -> None:
-    model = hybrid((1, 3))
+    model = hybrid(build("llava"), (1, 3))
     names = trainable_names(model)
     assert {n.split(".self_attn.")[0] for n in names if "self_attn" in n} == {
         "model.language_model.layers.1",
@@ -129,12 +129,48 @@ def test_mixers_and_connector_train_and_nothing_else() -> None:
     assert {n for n in names if "self_attn" not in n} == {
         f"model.multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")
     }
-    assert decoder(model).config.layer_types == [  # type: ignore[union-attr]
-        "full_attention",
-        "linear_attention",
-        "full_attention",
-        "linear_attention",
-    ]
+
+
+def test_norms_and_feed_forward_of_replaced_layers_train_where_asked() -> None:
+    model = hybrid(build("llama"), (2,))
+    names = trainable_names(model, ("mixers", "connector", "norms", "mlp"))
+    layer = "model.layers.2."
+    assert all(n.startswith(layer) for n in names)
+    assert {n.removeprefix(layer) for n in names if "self_attn" not in n} == {
+        "input_layernorm.weight",
+        "post_attention_layernorm.weight",
+        *(f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")),
+    }
+
+
+@pytest.mark.parametrize("limit", [100, 400, 1000])
+@pytest.mark.parametrize("packed", [False, True])
+def test_too_many_elements_are_computed_in_pieces(monkeypatch: pytest.MonkeyPatch, limit: int, packed: bool) -> None:
+    dims = MixerDims(hidden=8, heads=2, kv_heads=1, head_dim=4, bias=True)
+    mixer = Mamba2Mixer(dims, 0).double()
+    randomise(mixer, 0)
+    torch.manual_seed(0)
+    u = torch.randn(5, 12, 8, dtype=torch.float64)
+    seq_idx = (torch.arange(12) >= torch.tensor([[3], [6], [7], [9], [11]])).long() if packed else None
+    mask = None if packed else (torch.arange(12) >= torch.tensor([[3], [0], [7], [0], [11]])).long()
+    whole = mixer(u, padding_mask=mask, seq_idx=seq_idx)[0]
+    sizes = []
+    conv = mixer.ops.conv
+
+    def counted(x: torch.Tensor, *rest: object) -> object:
+        sizes.append(x.shape[0] * x.shape[1] * dims.width)
+        return conv(x, *rest)
+
+    mixer.use(type(TORCH)("torch", TORCH.scan, counted, TORCH.step))  # type: ignore[arg-type]
+    monkeypatch.setattr(pipeline.mixer, "MAX_ELEMENTS", limit)
+    torch.testing.assert_close(mixer(u, padding_mask=mask, seq_idx=seq_idx)[0], whole, rtol=FLOAT64, atol=FLOAT64)
+    assert max(sizes) <= limit
+    assert len(sizes) > 1
+
+
+def test_heads_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ConfigInvalid, match="6 heads cannot share 4 key-value heads"):
+        MixerDims(hidden=8, heads=6, kv_heads=4, head_dim=4, bias=True)
 
 
 def test_student_is_reproducible_from_its_seed(tiny_teacher: object) -> None:

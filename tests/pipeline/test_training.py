@@ -212,7 +212,7 @@ distill.train_student(job, Worker(0, 1, torch.device("cpu")), lambda entry: time
     assert not (folder / distill.WEIGHTS).exists()
     resumed, whole = train(twice), train(run)
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
-    curves = [json.loads(open_store(r).read(f"{r.ref('distill')}/{distill.CURVE}")) for r in (twice, run)]
+    curves = [json.loads(open_store(r).read(f"{r.ref('distill')}/{distill.CURVE}"))["history"] for r in (twice, run)]
     timing = ("steps_per_second", "waiting_share")
     untimed = [[{k: v for k, v in e.items() if k not in timing} for e in c] for c in curves]
     assert untimed[0] == untimed[1]

@@ -1,0 +1,97 @@
+"""Loads checkpoints that MaTVLM's own code wrote: TinyLLaVA's names, with ``layers.{i}.mamba`` in replaced layers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from pipeline.folders import folder_digests
+from pipeline.models import decoder, head, load_model
+from pipeline.ops.backends import resolve
+from pipeline.student import add_head_bias, load_exactly, mark
+from pipeline.surgery import mixers, replace_layers
+from schemas.config import Backend
+from schemas.errors import ConfigInvalid
+from schemas.layers import LayerPlan
+
+CONFIG_FILE = "mamba_config.json"
+# TinyLLaVA's prefixes and transformers' for the same modules; transformers 5 releases differ in the vision tower's.
+PREFIXES = (
+    ("language_model.model.", ("model.language_model.",)),
+    ("language_model.lm_head.", ("lm_head.",)),
+    ("vision_tower._vision_tower.vision_model.", ("model.vision_tower.", "model.vision_tower.vision_model.")),
+    ("connector._connector.0.", ("model.multi_modal_projector.linear_1.",)),
+    ("connector._connector.2.", ("model.multi_modal_projector.linear_2.",)),
+)
+
+
+def load_matvlm(
+    checkpoint: str | Path,
+    teacher: str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+    backend: Backend = "auto",
+) -> PreTrainedModel:
+    """The hybrid of a MaTVLM checkpoint, in eval mode, on the transformers folder of the model that it came from.
+
+    ``checkpoint`` holds safetensors shards and ``mamba_config.json``. Every tensor comes from it, the language head's
+    bias included; ``teacher`` gives configuration and identity.
+
+    Raises:
+        ConfigInvalid: the folder is no such checkpoint, or its tensors are not exactly the hybrid's.
+        BackendUnavailable: the named backend cannot be used here.
+    """
+    folder, device = Path(checkpoint), device or torch.device("cpu")
+    settings = _settings(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigInvalid(f"{checkpoint}: has no safetensors weights; pickled weights are not read")
+    model = load_model(teacher, dtype, device)
+    ops = resolve(backend, device)
+    total = len(decoder(model).layers)  # type: ignore[arg-type]
+    if settings["n_layer"] != total:
+        raise ConfigInvalid(f"{checkpoint}: is of {settings['n_layer']} layers, the teacher {teacher} has {total}")
+    replaced = tuple(i for i in range(total) if i not in set(settings["attn_layers"]))
+    replace_layers(model, LayerPlan(total, replaced), bias=settings.get("is_bias", False), ops=ops)
+    _check_sizes(model, settings, str(checkpoint))
+    weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    biased = "language_model.lm_head.bias" in weights and head(model).bias is None
+    if biased:
+        add_head_bias(model)
+    mark(model, ops.backend, folder_digests(teacher), head_bias=biased)
+    places = model.state_dict().keys()
+    load_exactly(model, {native_name(n, places): t for n, t in weights.items()}, str(checkpoint))
+    return model.requires_grad_(False)
+
+
+def native_name(name: str, places: Any) -> str:
+    """A TinyLLaVA tensor's name in transformers' model, among ``places``; the name itself where it has none there."""
+    for prefix, candidates in PREFIXES:
+        if name.startswith(prefix):
+            rest = name.removeprefix(prefix).replace(".mamba.", ".self_attn.")
+            return next((c + rest for c in candidates if c + rest in places), name)
+    return name
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    try:
+        settings: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
+    except FileNotFoundError:
+        raise ConfigInvalid(f"{folder}: is no MaTVLM checkpoint (no {CONFIG_FILE})") from None
+    if not {"n_layer", "attn_layers", "d_inner", "d_xb", "ssm_cfg"} <= settings.keys():
+        raise ConfigInvalid(f"{folder}: {CONFIG_FILE} does not say n_layer, attn_layers, d_inner, d_xb and ssm_cfg")
+    return settings
+
+
+def _check_sizes(model: PreTrainedModel, settings: dict[str, Any], where: str) -> None:
+    said = settings["d_inner"], settings["d_xb"], settings["ssm_cfg"]["ngroups"], settings["ssm_cfg"]["d_state"]
+    for index, mixer in mixers(model).items():
+        dims = mixer.dims
+        own = dims.inner, dims.compact, dims.heads, dims.head_dim
+        if said != own:
+            raise ConfigInvalid(
+                f"{where}: {CONFIG_FILE} gives d_inner, d_xb, ngroups, d_state as {said}; layer {index} needs {own}"
+            )

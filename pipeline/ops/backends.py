@@ -1,0 +1,157 @@
+"""Chooses a backend once and out loud: ``torch`` is the meaning, ``mamba-ssm`` (CUDA only) the speed.
+
+The kernels come from mamba-ssm and causal-conv1d, which are imported only when they are chosen.
+"""
+
+import importlib
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.ops import reference
+from pipeline.ops.opset import TORCH, OpSet
+from schemas.config import Backend
+from schemas.errors import BackendUnavailable
+
+log = logging.getLogger("decant")
+# Stock Mamba-2's chunk; the kernels want a power of two.
+CHUNK = 256
+# The convolution's channel-last kernel reads eight channels at a time, and takes its rows at such strides.
+CONV_ALIGNMENT = 8
+INSTALL = "install the kernels with: pip install --no-build-isolation mamba-ssm causal-conv1d"
+
+
+def resolve(backend: Backend, device: torch.device) -> OpSet:
+    """The backend's operations; only ``auto`` chooses, and logs why.
+
+    Raises:
+        BackendUnavailable: ``mamba-ssm`` was named, and it is not installed or the device is no CUDA device.
+    """
+    if backend == "torch":
+        return TORCH
+    try:
+        ops = mamba_ssm(device)
+    except BackendUnavailable as error:
+        if backend == "mamba-ssm":
+            raise
+        log.info("operations: torch (%s)", error)
+        return TORCH
+    log.info("operations: mamba-ssm")
+    return ops
+
+
+def mamba_ssm(device: torch.device) -> OpSet:
+    """The kernels of mamba-ssm and causal-conv1d.
+
+    Raises:
+        BackendUnavailable: they cannot be imported, or cannot run on the device.
+    """
+    # float32 shall mean float32, as in torch's own products; Triton would round the factors to ten bits
+    if torch.get_float32_matmul_precision() == "highest":
+        os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
+    try:
+        kernels = _Kernels()
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"placement.backend: mamba-ssm cannot be imported: {error}; {INSTALL}; or use `torch` or `auto`"
+        ) from None
+    if device.type != "cuda":
+        raise BackendUnavailable(
+            f"placement.backend: mamba-ssm needs a CUDA device, this is {device.type}; use `torch` or `auto`"
+        )
+    return OpSet("mamba-ssm", kernels.scan, kernels.conv, kernels.step, kernels.fused)
+
+
+class _Kernels:
+    """The imported packages, called as ``reference``'s functions are."""
+
+    def __init__(self) -> None:
+        self.combined: Any = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+        self.update: Any = importlib.import_module("mamba_ssm.ops.triton.selective_state_update")
+        self.convolution: Any = importlib.import_module("causal_conv1d")
+
+    def scan(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        d: Tensor,
+        state: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if seq_idx is not None:
+            seq_idx = seq_idx - seq_idx[:, :1]  # the kernel takes an initial state for sequence 0's
+        y, final = self.combined.mamba_chunk_scan_combined(
+            x, dt, a, b, c, CHUNK, D=d, initial_states=state, seq_idx=_int32(seq_idx), return_final_states=True
+        )
+        return y, final
+
+    def conv(
+        self, x: Tensor, weight: Tensor, bias: Tensor, state: Tensor | None = None, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        # the kernel has no packed rows that go on from a state, and no odd channel counts
+        if x.shape[-1] % CONV_ALIGNMENT or (state is not None and seq_idx is not None):
+            return reference.causal_conv(x, weight, bias, state, seq_idx)
+        if x.stride(0) % CONV_ALIGNMENT or x.stride(1) % CONV_ALIGNMENT:
+            x = x.contiguous()
+        before = None if state is None else state.to(x.dtype).contiguous()
+        out = self.convolution.causal_conv1d_fn(
+            x.transpose(1, 2),
+            weight,
+            bias,
+            seq_idx=_int32(seq_idx),
+            initial_states=None if before is None else before.transpose(1, 2),
+            activation="silu",
+        )
+        back = weight.shape[1] - 1
+        # the state after it, and nothing else, as the reference finds it
+        if x.shape[1] > back and seq_idx is not None:
+            x, seq_idx = x[:, -back:], seq_idx[:, -back:]
+        _, after = reference.causal_conv(x[:, -back:], weight, bias, before, seq_idx)
+        return out.transpose(1, 2), after
+
+    def step(
+        self, state: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        width, size = x.shape[-1], b.shape[-1]
+        state = state.clone()  # the kernel writes into it
+        y = self.update.selective_state_update(
+            state,
+            x,
+            dt[..., None].expand(-1, -1, width),
+            a[:, None, None].expand(-1, width, size),
+            b,
+            c,
+            d[:, None].expand(-1, width),
+            dt_bias=torch.zeros_like(a)[:, None].expand(-1, width),  # it fails without one
+        )
+        return y, state
+
+    def fused(self, projected: Tensor, mixer: Any, seq_idx: Tensor | None) -> Tensor:
+        out: Tensor = self.combined.mamba_split_conv1d_scan_combined(
+            projected,
+            mixer.conv1d.weight.squeeze(1),
+            mixer.conv1d.bias,
+            mixer.dt_bias,
+            -mixer.A_log.exp(),
+            mixer.D,
+            CHUNK,
+            seq_idx=_int32(seq_idx),
+            rmsnorm_weight=mixer.norm.weight,
+            rmsnorm_eps=mixer.dims.eps,
+            outproj_weight=mixer.out_proj.weight,
+            outproj_bias=mixer.out_proj.bias,
+            headdim=mixer.dims.head_dim,
+            ngroups=mixer.dims.heads,
+            norm_before_gate=False,
+        )
+        return out
+
+
+def _int32(seq_idx: Tensor | None) -> Tensor | None:
+    return None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
