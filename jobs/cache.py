@@ -16,7 +16,7 @@ import torch
 from cluster.placement import check_fits
 from cluster.session import session
 from jobs.progress import Progress
-from jobs.stages import open_store, resolved, tapped_layers, teacher_digests, teacher_path
+from jobs.stages import layer_plan, open_store, resolved, tapped_layers, teacher_digests, teacher_path
 from pipeline.capture import PreparedSample, Teacher
 from pipeline.data.collate import pixel_values
 from pipeline.data.samples import decode_samples
@@ -24,6 +24,7 @@ from pipeline.models import load_processor
 from pipeline.shards import column_bytes, fold_manifest, read_manifest, read_shard, uncommitted, write_shard
 from pipeline.stage import Stage, require
 from pipeline.store import Store
+from pipeline.student import check_plan
 from schemas.artifacts import ArtifactRef
 from schemas.config import CacheConfig, CachePlacement, Device, RunConfig
 from schemas.tables import SAMPLES, targets_table
@@ -53,6 +54,7 @@ class CacheJob:
 def stage(run: RunConfig) -> Stage:
     """The stage of this run. Identity: the targets' settings, the tapped layers and the teacher."""
     config, tapped = run.cache, tapped_layers(run)
+    check_plan(teacher_path(run), layer_plan(run))
     settings = {
         "targets": config.targets.model_dump(),
         "taps": {"layers": tapped, "fraction": config.taps.fraction},

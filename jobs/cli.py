@@ -79,6 +79,19 @@ def inspect(run_file: RunFile, set_: Overrides = None, dry_run: DryRun = False) 
         show(_load(run_file, set_), out, details=not dry_run)
 
 
+@app.command("import-matvlm")
+def import_matvlm(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder with mamba_config.json and safetensors shards.")],
+    teacher: Annotated[Path, typer.Argument(help="Transformers folder of the model that it was made from.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+) -> None:
+    """Turn a checkpoint of MaTVLM's own code into an exported folder."""
+    with _readable_errors():
+        from jobs.import_matvlm import import_matvlm as run
+
+        run(checkpoint, teacher, destination, out)
+
+
 @app.command()
 def demo(
     run_file: Annotated[

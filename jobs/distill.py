@@ -20,7 +20,7 @@ from pipeline.models import load_processor, pick_device
 from pipeline.ops.backends import resolve
 from pipeline.stage import Stage
 from pipeline.store import Store
-from pipeline.student import build_student, record_of, trained_bytes
+from pipeline.student import build_student, check_plan, record_of, trained_bytes
 from pipeline.training.batches import CachedBatches
 from pipeline.training.loop import Saving, Training, Worker
 from schemas.config import RunConfig
@@ -53,6 +53,7 @@ def stage(run: RunConfig) -> Stage:
         ConfigInvalid: the recipe needs taps of layers that the cache does not hold.
     """
     config, plan, tapped = run.distill, layer_plan(run), tapped_layers(run)
+    check_plan(teacher_path(run), plan)
     lacking = sorted(set(plan.replaced) - set(tapped))
     if needs_taps(run) and lacking:
         raise ConfigInvalid(

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from jobs.distill import WEIGHTS
 from jobs.stages import layer_plan, resolved, teacher_digests, teacher_path
-from pipeline.folders import folder_config, processor_files
+from pipeline.folders import processor_files, stored_dtype
 from pipeline.ops.opset import TORCH
 from pipeline.stage import Stage
 from pipeline.store import Store
@@ -48,14 +48,12 @@ def _export(store: Store, run: RunConfig) -> dict[str, Any]:
 
 def merged_student(store: Store, run: RunConfig) -> PreTrainedModel:
     """The student on the CPU: frozen weights in the type of the teacher's files, trained ones in float32."""
-    config = folder_config(run.teacher.path)
-    stored = config.get("dtype") or config.get("torch_dtype") or "float32"
     model = build_student(
         teacher_path(run),
         layer_plan(run),
         run.student.init,
         run.distill.seed,
-        getattr(torch, stored),
+        getattr(torch, stored_dtype(run.teacher.path)),
         torch.device("cpu"),
         TORCH,
         teacher_digests(run.teacher.path),

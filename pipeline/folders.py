@@ -20,8 +20,7 @@ def folder_digests(path: str) -> dict[str, str]:
         ConfigInvalid: the folder has no configuration or no safetensors weights.
     """
     folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise ConfigInvalid(f"teacher.path: {path}: is not a transformers folder (no config.json)")
+    folder_config(path)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise ConfigInvalid(f"teacher.path: {path}: has no safetensors weights; pickled weights are not read")
@@ -38,8 +37,15 @@ def _digest(files: list[Path]) -> str:
 
 
 def folder_config(path: str) -> dict[str, Any]:
-    """The model's configuration as it stands on disk."""
-    config: dict[str, Any] = json.loads((Path(path) / "config.json").read_text())
+    """The model's configuration as it stands on disk.
+
+    Raises:
+        ConfigInvalid: there is none.
+    """
+    try:
+        config: dict[str, Any] = json.loads((Path(path) / "config.json").read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigInvalid(f"teacher.path: {path}: is not a transformers folder (no config.json)") from None
     return config
 
 
@@ -48,6 +54,13 @@ def text_config(path: str) -> dict[str, Any]:
     config = folder_config(path)
     part: dict[str, Any] = config.get("text_config", config)
     return part
+
+
+def stored_dtype(path: str) -> str:
+    """The name of the type of the folder's weights."""
+    config = folder_config(path)
+    found: str = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return found
 
 
 def processor_files(path: str) -> list[Path]:

@@ -45,7 +45,7 @@ def load_matvlm(
         BackendUnavailable: the named backend cannot be used here.
     """
     folder, device = Path(checkpoint), device or torch.device("cpu")
-    settings = _settings(folder)
+    settings, digests = _settings(folder), folder_digests(teacher)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ConfigInvalid(f"{checkpoint}: has no safetensors weights; pickled weights are not read")
@@ -61,7 +61,7 @@ def load_matvlm(
     biased = "language_model.lm_head.bias" in weights and head(model).bias is None
     if biased:
         add_head_bias(model)
-    mark(model, ops.backend, folder_digests(teacher), head_bias=biased)
+    mark(model, ops.backend, digests, head_bias=biased)
     places = model.state_dict().keys()
     load_exactly(model, {native_name(n, places): t for n, t in weights.items()}, str(checkpoint))
     return model.requires_grad_(False)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,14 @@ from huggingface_hub import save_torch_state_dict
 from pydantic import ValidationError
 from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
 from pipeline.folders import folder_digests
 from pipeline.initialise import initialise
 from pipeline.models import build_model, decoder, head, load_model
 from pipeline.ops.backends import resolve
 from pipeline.ops.opset import OpSet
-from pipeline.surgery import mixers, replace_layers, trainable_names
+from pipeline.surgery import mixers, refuse_unfit, replace_layers, trainable_names
 from schemas.config import Backend, Init, Part
 from schemas.errors import ConfigInvalid
 from schemas.hybrid import HybridRecord
@@ -55,6 +56,18 @@ def build_student(
     return model.requires_grad_(False)
 
 
+@lru_cache(maxsize=8)
+def check_plan(teacher: str, plan: LayerPlan) -> None:
+    """Checks from the teacher's configuration alone that every planned layer can be replaced.
+
+    Raises:
+        ConfigInvalid: one cannot; names it, the reason, and the layers that can.
+    """
+    with torch.device("meta"):
+        model = build_model(AutoConfig.from_pretrained(teacher, local_files_only=True), torch.float32)
+    refuse_unfit(model, plan)
+
+
 def mark(model: PreTrainedModel, backend: Backend, teacher: dict[str, str], *, head_bias: bool = False) -> None:
     """Writes the hybrid's record into its configuration; ``backend`` is what its mixers were trained with."""
     found = {i: m.dims for i, m in mixers(model).items()}
@@ -62,6 +75,8 @@ def mark(model: PreTrainedModel, backend: Backend, teacher: dict[str, str], *, h
     base = model.config.model_type
     record = HybridRecord(base=base, layers=total, mixers=found, backend=backend, teacher=teacher, head_bias=head_bias)
     setattr(model.config, RECORD, record.model_dump(mode="json"))
+    # stock's own would write a folder that loads again without the mixers
+    model.save_pretrained = partial(save_hybrid, model)
 
 
 def record_of(model: PreTrainedModel) -> HybridRecord:
@@ -107,7 +122,7 @@ def load_hybrid(
     mark(model, record.backend, record.teacher, head_bias=record.head_bias)
     weights = {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
     load_exactly(model, weights, str(path))
-    return model.to(device)
+    return model.to(device).requires_grad_(False)
 
 
 def _hybrid_config(folder: Path) -> dict[str, Any]:

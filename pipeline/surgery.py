@@ -3,6 +3,7 @@
 The only place that replaces modules and that decides which parameters train.
 """
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -83,11 +84,13 @@ def qk_gains(attention: nn.Module, head_dim: int) -> tuple[Tensor, Tensor] | Non
 
 def _rms_gain(norm: nn.Module, head_dim: int) -> Tensor | None:
     """The gain of a root-mean-square norm, found by using it; None if it is something else."""
-    parameters = list(norm.parameters())
-    if [p.shape for p in parameters] != [(head_dim,)]:
+    if [p.shape for p in norm.parameters()] != [(head_dim,)]:
         return None
+    if next(norm.parameters()).is_meta:  # only the kind can be found out
+        norm = copy.deepcopy(norm).to_empty(device="cpu")
+        nn.init.ones_(next(norm.parameters()))
     # large, so that the norm's epsilon does not count, and of unequal signs, so that a mean would be seen
-    probe = torch.full_like(parameters[0], 1024.0)
+    probe = torch.full_like(next(norm.parameters()), 1024.0)
     gain: Tensor = norm(probe).float()
     probe[::2] *= -1
     flipped = norm(probe).float()

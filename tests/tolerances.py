@@ -22,6 +22,8 @@ FLOAT64_LOGITS = 1e-10
 # kernels regroup sums. bfloat16: inputs are exact, but scores, states and the backward's products are rounded to 2^-9
 # four deep, and dA, dD and ddt are sums of terms of both signs that are several times larger than what is left.
 KERNEL_RELATIVE = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
-# Whole mixers divide by norms of a head, which amplifies rounding as much in plain torch; a kernel may do this worse.
+# Whole mixers divide by norms of a head, which takes out of some gradients most of what they are sums of and leaves the
+# rounding, in plain torch as well: a kernel may be this much worse than plain torch in the same type.
 KERNEL_OVER_TORCH = 4.0
+# The same operations in another grouping; in bfloat16 plain torch rounds (2^-9) at other places than the fused kernel.
 STOCK_MAMBA2 = {torch.float32: 1e-3, torch.bfloat16: 2e-2}

@@ -98,10 +98,11 @@ def causal_conv(
     """
     back, length = weight_CK.shape[1] - 1, x_BLC.shape[1]
     padded = F.pad(x_BLC, (0, 0, back, 0)) if state_BKC is None else torch.cat([state_BKC.to(x_BLC.dtype), x_BLC], 1)
+    wide, weight = _wide(padded), _wide(weight_CK)
     sequences = None if seq_idx_BL is None else torch.cat([seq_idx_BL[:, :1].expand(-1, back), seq_idx_BL], 1)
-    out = bias_C + padded[:, back:] * weight_CK[:, back]
+    out = bias_C + wide[:, back:] * weight[:, back]
     for k in range(back):
-        tap = padded[:, k : k + length] * weight_CK[:, k]
+        tap = wide[:, k : k + length] * weight[:, k]
         if sequences is not None:
             tap = tap * (sequences[:, k : k + length] == sequences[:, back:])[..., None]
         out = out + tap

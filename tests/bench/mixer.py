@@ -56,6 +56,7 @@ def main(batch: int, length: int) -> None:
     for round_ in range(ROUNDS + 1):
         for name, step in steps.items():
             value = milliseconds(step)
+            print(f"round {round_}: {name} {value:.2f} ms", file=sys.stderr, flush=True)
             if round_:  # the first compiles and warms up
                 times[name].append(value)
     floor = sorted(times["floor"])[ROUNDS // 2]

@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 import yaml
 from click.testing import Result
+from transformers import Qwen3Config, Qwen3ForCausalLM
 from typer.testing import CliRunner
 
 from jobs.cli import app
+from pipeline.student import load_hybrid
+from tests.decoders import COMMON, build, image_prompt, tokens
+from tests.pipeline.test_student import matvlm_folder
 
 GOLDEN = Path("tests/golden/options.txt")
 
@@ -142,3 +147,37 @@ def test_demo_refuses_a_bad_setting_before_it_draws_anything(run_file: Path, tmp
     done = decant("demo", str(run_file), "--set", "student.layers.ratio=0.05", "--set", f"prepare.data={data}")
     refused(done, "replaces no layer")
     assert not data.parent.exists()
+
+
+def test_layer_that_cannot_be_replaced_is_refused_before_the_teacher_runs(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    windows = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    Qwen3ForCausalLM(Qwen3Config(**COMMON, use_sliding_window=True, **windows)).save_pretrained(tmp_path / "qwen3")
+    settings |= {"teacher": {"path": str(tmp_path / "qwen3")}, "student": {"layers": {"list": [0, 1]}}}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    for stage in ("cache", "distill"):
+        refused(
+            decant(stage, str(path)), "layer 0 (Qwen3Attention sees the last 16", "Layers that can be replaced: [1, 3]"
+        )
+    assert committed(settings["store"]) == []
+
+
+def test_matvlm_checkpoint_becomes_an_exported_folder(tmp_path: Path) -> None:
+    build("llava").save_pretrained(tmp_path / "teacher")
+    theirs = matvlm_folder(tmp_path / "matvlm", (0, 2))
+    arguments = [str(tmp_path / name) for name in ("matvlm", "teacher", "hybrid")]
+    done = decant("import-matvlm", *arguments)
+    assert done.exit_code == 0, done.output
+    assert "layers [0, 2] are Mamba-2 mixers" in done.output
+    inputs = image_prompt("llava", tokens(6)[0])
+    assert torch.equal(load_hybrid(tmp_path / "hybrid")(**inputs).logits, theirs(**inputs).logits)
+    refused(decant("import-matvlm", *arguments), "exists already")
+    arguments[0], arguments[2] = arguments[1], str(tmp_path / "other")
+    refused(decant("import-matvlm", *arguments), "is no MaTVLM checkpoint")
+    arguments[1] = str(tmp_path / "nowhere")
+    refused(decant("import-matvlm", str(tmp_path / "matvlm"), *arguments[1:]), "nowhere: is not a transformers folder")
+    assert not list(tmp_path.glob(".import-*"))
+    assert not (tmp_path / "other").exists()

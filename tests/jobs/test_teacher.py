@@ -2,18 +2,22 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from jobs.demo.data import write_split
+from pipeline.data.collate import pad_tokens, pixel_values
 from pipeline.data.encoding import Encoder
 from pipeline.evaluation import Question, answer, read_questions, score
-from pipeline.models import load_model, load_processor
+from pipeline.models import body, decoder, load_model, load_processor
 from pipeline.ops.opset import TORCH
 from pipeline.student import build_student
+from pipeline.taps import recorded
 from schemas.config import EvaluateConfig
 from schemas.layers import LayerPlan
+from tests.bench.initialisation import error
 
 TEACHER = "jobs/demo/teacher"
 
@@ -39,6 +43,29 @@ def test_teacher_answers_and_the_untrained_hybrid_falls_to_half_at_most(question
     assert teacher >= 0.85
     student = build_student(TEACHER, LayerPlan(8, (0, 4)), "mimic", 0, torch.float32, cpu, TORCH)
     assert exact_match(student, questions) <= teacher / 2
+
+
+@torch.no_grad()
+def test_mimic_starts_nearer_to_the_teacher_than_matvlm_in_every_layer(questions: list[Question]) -> None:
+    model = load_model(TEACHER, torch.float32, torch.device("cpu"))
+    rows = [q.sample for q in questions[:48]]
+    ids, mask = pad_tokens([row.input_ids for row in rows], 0)
+    pixels = pixel_values(load_processor(TEACHER), [row.image for row in rows])
+    layers: Any = decoder(model).layers
+    with recorded(layers, tuple(range(8))) as taps:
+        body(model)(input_ids=ids, attention_mask=mask, pixel_values=pixels, use_cache=False)
+    for i, (value_in, value_out) in taps.items():
+        pairs = [
+            (u[: len(row.input_ids)], a[: len(row.input_ids)])
+            for u, a, row in zip(value_in, value_out, rows, strict=True)
+        ]
+        fit, held_out = pairs[:16], pairs[16:]
+        from_taps, from_weights, matvlm = (
+            error(layers[i].self_attn, init, 0, gains, held_out)
+            for init, gains in (("mimic", fit), ("mimic", []), ("matvlm", []))
+        )
+        assert from_taps < 1 < matvlm
+        assert from_taps < from_weights < matvlm
 
 
 def test_group_that_records_lack_is_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pipeline.student import save_hybrid
 from schemas.errors import ConfigInvalid
-from tests.decoders import FAMILIES, LAYERS, SPECIAL, WITH_IMAGES, build, hybrid, image_prompt, tokens
+from tests.decoders import FAMILIES, IMAGE_TOKEN, LAYERS, SPECIAL, WITH_IMAGES, build, hybrid, image_prompt, tokens
 from tests.tolerances import CACHED_LOGITS, FLOAT64_LOGITS, PADDED_LOGITS
 
 PLANS = [(0,), (1, 3), tuple(range(LAYERS))]
@@ -122,6 +122,25 @@ def test_image_prompts_generate_as_without_a_cache(family: str, replaced: tuple[
     assert out[0, -6:].tolist() == greedy(model, inputs, 6)
     blank = {**inputs, "pixel_values": torch.zeros_like(inputs["pixel_values"])}
     assert not torch.allclose(model(**inputs).logits, model(**blank).logits, atol=1e-3), "the image does not count"
+
+
+@pytest.mark.parametrize("family", WITH_IMAGES)
+@torch.no_grad()
+def test_left_padded_image_prompts_generate_as_each_alone(family: str) -> None:
+    model = hybrid(build(family), (0, 2), "matvlm")
+    single = [image_prompt(family, text) for text in tokens(3, 7)]
+    ids, mask = left_padded([s["input_ids"][0] for s in single])
+    together = {name: torch.cat([s[name] for s in single]) for name in single[0] if name not in PER_TOKEN}
+    together |= {"input_ids": ids, "attention_mask": mask}
+    if "mm_token_type_ids" in single[0]:
+        together["mm_token_type_ids"] = (ids == IMAGE_TOKEN).int()
+    out = model.generate(
+        **together, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0, suppress_tokens=SPECIAL
+    )
+    assert [row[-6:].tolist() for row in out] == [greedy(model, s, 6) for s in single]
+
+
+PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids")
 
 
 def greedy(model: PreTrainedModel, inputs: dict[str, Tensor], count: int) -> list[int]:
@@ -237,6 +256,7 @@ import torch
 from pathlib import Path
 from pipeline.student import load_hybrid
 root, ids = Path({str(tmp_path)!r}), torch.tensor({[ids.tolist()]})
+torch.set_grad_enabled(False)
 logits = {{f.name: load_hybrid(f)(input_ids=ids).logits for f in sorted(root.iterdir()) if f.is_dir()}}
 torch.save(logits, root / "logits.pt")
 """

@@ -149,6 +149,9 @@ def test_mixer_on_kernels_is_the_mixer_in_float64(kernels: OpSet, name: str, dty
     randomise(mixer, 0)
     with torch.no_grad():
         mixer.in_proj.weight.mul_(0.3)
+        # slow decays: where D x outweighs the state, the norm takes out what D and dt change, and leaves rounding
+        mixer.A_log.sub_(3.0)
+        mixer.dt_bias.sub_(1.0)
     mixer = mixer.to(CUDA, dtype)
     plain, exact = copy.deepcopy(mixer), copy.deepcopy(mixer).double()
     mixer.use(kernels)

@@ -260,3 +260,15 @@ def test_matvlm_initialisation_trains_as_well(run_of: RunOf) -> None:
     model = build_student(teacher_path(run), layer_plan(run), "matvlm", 0, torch.float32, WORKER.device, TORCH)
     assert set(trained) <= {n for n, _ in model.named_parameters()}
     assert not any(n.endswith("in_proj.bias") for n in trained)
+
+
+def test_norms_and_feed_forward_of_the_replaced_layer_train_where_asked(run_of: RunOf) -> None:
+    run = run_of(student={"layers": {"list": [1]}, "train": ["mixers", "norms", "mlp"]})
+    make_cache(run)
+    trained = train(run)
+    teacher = load_model(teacher_path(run), torch.float32, WORKER.device)
+    frozen_before = {n: p for n, p in teacher.named_parameters() if n in trained}
+    layer = "model.language_model.layers.1."
+    assert {n.removeprefix(layer).split(".")[0] for n in trained} == {"self_attn", "mlp", "input_layernorm"}
+    assert frozen_before.keys() == {n for n in trained if "self_attn" not in n}
+    assert all(not torch.equal(trained[n], p) for n, p in frozen_before.items())
