@@ -7,6 +7,7 @@ group. Checkpoints go to the artifact's folder, so that any rerun continues from
 import json
 import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from pipeline.stage import Stage
 from pipeline.store import Store
 from pipeline.student import build_student, check_plan, record_of, trained_bytes
 from pipeline.training.batches import CachedBatches
-from pipeline.training.loop import Saving, Training, Worker
+from pipeline.training.loop import Report, Saving, Training, Worker
 from schemas.config import RunConfig
 from schemas.errors import ConfigInvalid
 from schemas.layers import LayerPlan
@@ -147,11 +148,14 @@ def _fit(job: DistillJob) -> None:
 
 
 def _show(mailbox: Any, job: DistillJob) -> None:
-    """Shows what rank 0 reports until the closing None."""
+    """Shows what rank 0 says and reports until the closing None."""
     phases = job.run.distill.phases
     before = [sum(p.steps for p in phases[:i]) for i in range(len(phases))]
     with Progress("distill", sum(p.steps for p in phases), "steps") as progress:
         while (entry := mailbox.get()) is not None:
+            if isinstance(entry, str):
+                progress.say(entry)
+                continue
             shown = ("kl", "ce") if entry["kind"] == "distill" else ("loss",)
             note = " ".join(f"{k} {entry[k]:.4f}" for k in shown if k in entry)
             progress.update(before[entry["phase"]] + entry["step"], f"{entry['kind']} {note}")
@@ -171,20 +175,21 @@ def train_worker(config: dict[str, Any]) -> None:
         torch.cuda.set_device(device)
     worker = Worker(context.get_world_rank(), context.get_world_size(), device)
 
-    def report(entry: dict[str, Any]) -> None:
+    def report(entry: dict[str, Any] | str) -> None:
         # not `ray.train.report`: it waits for the controller's next poll, seconds that a logged step does not have
         if worker.rank == 0:
             mailbox.put_nowait(entry)
 
-    train_student(job, worker, report)
+    train_student(job, worker, report, report)
 
 
-def train_student(job: DistillJob, worker: Worker, report: Any) -> None:
+def train_student(job: DistillJob, worker: Worker, report: Report, say: Callable[[str], None] = print) -> None:
     """Builds the student and trains it to the end; rank 0 leaves weights and curve in the artifact's folder."""
     run = job.run
     store, ref = Store(job.store), run.ref("distill")
     dtype = getattr(torch, run.distill.dtype)
     ops = resolve(run.placement.backend, worker.device)
+    say(f"the mixers are computed by {ops.backend} ({ops.why})")
     model = build_student(
         job.teacher, job.plan, run.student.init, run.distill.seed, dtype, worker.device, ops, job.digests
     )

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from functools import partial
 from types import TracebackType
 
 from rich.console import Console
@@ -39,6 +40,10 @@ class Progress:
     ) -> None:
         if self.bar:
             self.bar.stop()
+
+    def say(self, text: str) -> None:
+        """Prints a line beside the bar."""
+        (self.bar.console.print if self.bar else partial(print, file=sys.stderr, flush=True))(f"{self.title}: {text}")
 
     def update(self, done: int, note: str = "") -> None:
         """Shows ``done`` units of work, with a note such as the loss."""

@@ -26,7 +26,7 @@ D_CONV = 4
 FLOAT32 = ("A_log", "D", "dt_bias")
 # The kernels count elements in 32 bits; `in_proj`'s output is the largest tensor that they index.
 MAX_ELEMENTS = 2**31 - 1
-# Strides at which the fused kernel reads rows.
+# Multiples at which the fused kernel reads rows and the parts of one.
 FUSED_ALIGNMENT = 8
 
 
@@ -124,7 +124,8 @@ class Mamba2Mixer(nn.Module):
         """Whether the backend's fused operation computes this call: whole unpadded rows, as many x as C heads."""
         dims = self.dims
         plain = keep is None and state is None and not dims.qk_norm and dims.heads == dims.kv_heads
-        return self.ops.fused is not None and plain and dims.width % FUSED_ALIGNMENT == 0 and u_BLD.is_cuda
+        aligned = dims.width % FUSED_ALIGNMENT == 0 == dims.inner % FUSED_ALIGNMENT
+        return self.ops.fused is not None and plain and aligned and u_BLD.is_cuda
 
     def _scan(
         self, u_BLD: Tensor, keep: Tensor | None, state: MixerState | None, seq_idx: Tensor | None

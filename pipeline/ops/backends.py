@@ -6,6 +6,7 @@ The kernels come from mamba-ssm and causal-conv1d, which are imported only when 
 import importlib
 import logging
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from schemas.errors import BackendUnavailable
 log = logging.getLogger("decant")
 # Stock Mamba-2's chunk; the kernels want a power of two.
 CHUNK = 256
-# The convolution's channel-last kernel reads eight channels at a time, and takes its rows at such strides.
+# The convolution's channel-last kernel reads eight channels at a time, from rows that begin at multiples of that.
 CONV_ALIGNMENT = 8
 INSTALL = "install the kernels with: pip install --no-build-isolation mamba-ssm causal-conv1d"
+CURE = "; or name `torch` or `auto`"
 
 
 def resolve(backend: Backend, device: torch.device) -> OpSet:
@@ -32,14 +34,16 @@ def resolve(backend: Backend, device: torch.device) -> OpSet:
     """
     if backend == "torch":
         return TORCH
-    try:
-        ops = mamba_ssm(device)
-    except BackendUnavailable as error:
-        if backend == "mamba-ssm":
-            raise
-        log.info("operations: torch (%s)", error)
-        return TORCH
-    log.info("operations: mamba-ssm")
+    if backend == "mamba-ssm":
+        return mamba_ssm(device)
+    if device.type != "cuda":
+        ops = replace(TORCH, why=f"auto: the kernels need a CUDA device, this is {device.type}")
+    else:
+        try:
+            ops = replace(mamba_ssm(device), why="auto: its kernels are installed and the device is CUDA")
+        except BackendUnavailable as error:
+            ops = replace(TORCH, why=f"auto: {str(error).removesuffix(CURE)}")
+    log.info("operations: %s (%s)", ops.backend, ops.why)
     return ops
 
 
@@ -55,13 +59,9 @@ def mamba_ssm(device: torch.device) -> OpSet:
     try:
         kernels = _Kernels()
     except ImportError as error:
-        raise BackendUnavailable(
-            f"placement.backend: mamba-ssm cannot be imported: {error}; {INSTALL}; or use `torch` or `auto`"
-        ) from None
+        raise BackendUnavailable(f"placement.backend: mamba-ssm cannot be imported: {error}; {INSTALL}{CURE}") from None
     if device.type != "cuda":
-        raise BackendUnavailable(
-            f"placement.backend: mamba-ssm needs a CUDA device, this is {device.type}; use `torch` or `auto`"
-        )
+        raise BackendUnavailable(f"placement.backend: mamba-ssm needs a CUDA device, this is {device.type}{CURE}")
     return OpSet("mamba-ssm", kernels.scan, kernels.conv, kernels.step, kernels.fused)
 
 
@@ -97,7 +97,7 @@ class _Kernels:
         # the kernel has no packed rows that go on from a state, and no odd channel counts
         if x.shape[-1] % CONV_ALIGNMENT or (state is not None and seq_idx is not None):
             return reference.causal_conv(x, weight, bias, state, seq_idx)
-        if x.stride(0) % CONV_ALIGNMENT or x.stride(1) % CONV_ALIGNMENT:
+        if x.stride(0) % CONV_ALIGNMENT or x.stride(1) % CONV_ALIGNMENT or x.storage_offset() % CONV_ALIGNMENT:
             x = x.contiguous()
         before = None if state is None else state.to(x.dtype).contiguous()
         out = self.convolution.causal_conv1d_fn(
@@ -118,6 +118,8 @@ class _Kernels:
     def step(
         self, state: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor
     ) -> tuple[Tensor, Tensor]:
+        if torch.is_grad_enabled():  # the kernel has no backward
+            return reference.ssd_step(state, x, dt, a, b, c, d)
         width, size = x.shape[-1], b.shape[-1]
         state = state.clone()  # the kernel writes into it
         y = self.update.selective_state_update(

@@ -13,7 +13,8 @@ from schemas.config import Backend
 class OpSet:
     """``scan``, ``conv`` and ``step`` mean what ``reference.ssd_scan``, ``causal_conv`` and ``ssd_step`` do.
 
-    ``fused`` is everything between ``in_proj`` and the mixer's output in one operation, where a backend has it.
+    ``fused`` is everything between ``in_proj`` and the mixer's output in one operation, where a backend has it; ``why``
+    says how the backend was chosen.
     """
 
     backend: Backend
@@ -21,6 +22,7 @@ class OpSet:
     conv: Callable[..., tuple[Tensor, Tensor]]
     step: Callable[..., tuple[Tensor, Tensor]]
     fused: Callable[..., Tensor] | None = None
+    why: str = "named"
 
 
 TORCH = OpSet("torch", reference.ssd_scan, reference.causal_conv, reference.ssd_step)

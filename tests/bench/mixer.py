@@ -59,6 +59,12 @@ def main(batch: int, length: int) -> None:
             print(f"round {round_}: {name} {value:.2f} ms", file=sys.stderr, flush=True)
             if round_:  # the first compiles and warms up
                 times[name].append(value)
+    mixer.use(TORCH)
+    plain = mixer(u)[0].detach()
+    for name, ops in sides.items():
+        mixer.use(ops)
+        difference = float((mixer(u)[0].detach() - plain).float().norm() / plain.float().norm())
+        print(f"{name}: output differs from torch's by {difference:.1e} of its norm")
     floor = sorted(times["floor"])[ROUNDS // 2]
     print(f"{torch.cuda.get_device_name()}, {batch} x {length} tokens, bfloat16, forward and backward")
     for name, values in times.items():

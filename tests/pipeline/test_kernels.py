@@ -3,6 +3,7 @@
 import copy
 import importlib
 import logging
+import re
 from typing import Any
 
 import pytest
@@ -23,10 +24,11 @@ DTYPES = [torch.float32, torch.bfloat16]
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 
-def test_backend_that_is_not_installed_is_an_error_with_cause_and_cure(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> Any:
-        raise ImportError(f"No module named {name!r}")
+def missing(name: str) -> Any:
+    raise ImportError(f"No module named {name!r}")
 
+
+def test_backend_that_is_not_installed_is_an_error_with_cause_and_cure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(BackendUnavailable, match=r"No module named 'mamba_ssm.*pip install --no-build-isolation"):
         resolve("mamba-ssm", CUDA)
@@ -38,10 +40,13 @@ def test_backend_that_cannot_run_on_the_device_is_an_error(monkeypatch: pytest.M
         resolve("mamba-ssm", CPU)
 
 
-def test_auto_says_why_it_takes_torch(caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_says_why_it_takes_torch(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     with caplog.at_level(logging.INFO, "decant"):
-        assert resolve("auto", CPU) is TORCH
-    assert "operations: torch (placement.backend: mamba-ssm" in caplog.text
+        assert resolve("auto", CPU).scan is TORCH.scan
+        assert "operations: torch (auto: the kernels need a CUDA device, this is cpu)" in caplog.text
+        monkeypatch.setattr(importlib, "import_module", missing)
+        assert resolve("auto", CUDA).scan is TORCH.scan
+    assert re.search("operations: torch .*No module named 'mamba_ssm.*pip install", caplog.text)
 
 
 @pytest.fixture(scope="module")
