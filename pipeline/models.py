@@ -16,6 +16,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from schemas.config import Device
+from schemas.errors import ConfigInvalid
 
 
 def pick_device(device: Device) -> torch.device:
@@ -51,8 +52,15 @@ def build_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def body(model: PreTrainedModel) -> nn.Module:
-    """Everything below the language head: its output's ``last_hidden_state`` is [B, L, D]."""
-    return cast(nn.Module, model.model)
+    """Everything below the language head: its output's ``last_hidden_state`` is [B, L, D].
+
+    Raises:
+        ConfigInvalid: the model keeps it elsewhere, as GPT-2 and its time do.
+    """
+    inner = getattr(model, "model", None)
+    if inner is None:
+        raise ConfigInvalid(f"teacher.path: {type(model).__name__} has no decoder of layers with self_attn")
+    return cast(nn.Module, inner)
 
 
 def head(model: PreTrainedModel) -> nn.Linear:

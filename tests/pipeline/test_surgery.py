@@ -11,6 +11,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
@@ -104,6 +106,11 @@ def test_cross_attention_layers_are_refused_by_name() -> None:
         ConfigInvalid, match=r"layer 1 \(MllamaCrossAttentionDecoderLayer: cross-attention.*\[0, 2, 3\]"
     ):
         replace(model, 0, 1)
+
+
+def test_models_of_another_build_are_refused() -> None:
+    with pytest.raises(ConfigInvalid, match="GPT2LMHeadModel has no decoder of layers with self_attn"):
+        replace(GPT2LMHeadModel(GPT2Config(n_layer=4, n_embd=16, n_head=2, vocab_size=96)), 0)
 
 
 def test_encoders_are_refused() -> None:
