@@ -57,7 +57,8 @@ def stage(run: RunConfig) -> Stage:
     check_plan(teacher_path(run), layer_plan(run))
     settings = {
         "targets": config.targets.model_dump(),
-        "taps": {"layers": tapped, "fraction": config.taps.fraction},
+        "positions": config.positions,
+        "taps": {"layers": tapped, **config.taps.model_dump(exclude={"layers"})},
         "dtype": config.dtype,
         "seed": config.seed,
         "teacher": teacher_digests(run.teacher.path),
@@ -93,7 +94,7 @@ def _cache(store: Store, job: CacheJob, place: CachePlacement) -> dict[str, Any]
         with session():
             check_fits("cache", place, spare_cpus=DECODE_CPUS)
             _run_dataset(job, place, todo, sum(samples.shards[i].rows for i in todo))
-    table = targets_table(job.tapped)
+    table = targets_table(job.config, job.tapped)
     manifest = fold_manifest(store, job.targets, table, len(samples.shards), job.fingerprint)
     sizes = column_bytes(store, job.targets, manifest)
     responses = require(store, job.samples).result["response_tokens"]

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.data.collate import pad_id_of, pad_tokens, predicting_positions
+from pipeline.activations import encode_activation
+from pipeline.data.collate import image_token_of, pad_id_of, pad_tokens, target_positions
 from pipeline.data.encoding import EncodedSample
 from pipeline.models import body, decoder, head, load_model, load_processor, pick_device
-from pipeline.taps import encode_tap, is_tapped, recorded
-from pipeline.targets import draw, encode_draws, uniforms
+from pipeline.taps import is_tapped, recorded
+from pipeline.targets import capture, encode, entropy, uniforms
 from schemas.config import CacheConfig, Device
 from schemas.tables import targets_table
 
@@ -38,7 +39,8 @@ class Teacher:
         self.model: PreTrainedModel = load_model(path, getattr(torch, config.dtype), self.device)
         processor = load_processor(path)
         self.pad_id = pad_id_of(getattr(processor, "tokenizer", processor))
-        self.table = targets_table(tapped)
+        self.image_token_id = image_token_of(processor)
+        self.table = targets_table(config, tapped)
 
     @torch.no_grad()
     def capture(self, samples: Sequence[PreparedSample]) -> dict[str, list[object]]:
@@ -70,30 +72,33 @@ class Teacher:
             if taps[i]:
                 tokens = len(prepared.sample.input_ids)
                 for layer, (value_in, value_out) in found.items():
-                    row[f"tap_{layer}_input"] = encode_tap(value_in[i, :tokens])
-                    row[f"tap_{layer}_output"] = encode_tap(value_out[i, :tokens])
+                    row |= encode_activation(f"tap_{layer}_input", value_in[i, :tokens], self.config.taps.dtype)
+                    row |= encode_activation(f"tap_{layer}_output", value_out[i, :tokens], self.config.taps.dtype)
             rows.append(row)
         return rows
 
     def _targets(self, sample: EncodedSample, hidden_LD: Tensor) -> dict[str, object]:
         config = self.config.targets
-        positions = predicting_positions(sample.spans)
-        all_uniforms = uniforms(sample.sample_id, self.config.seed, len(sample.input_ids), config.draws)
+        positions = target_positions(self.config.positions, sample.spans, sample.input_ids, self.image_token_id)
+        drawn = None
+        if config.kind == "sampled":
+            drawn = uniforms(sample.sample_id, self.config.seed, len(sample.input_ids), config.draws)[positions]
         gold = torch.from_numpy(sample.input_ids[positions + 1].astype(np.int64)).to(self.device)
         parts: list[tuple[Tensor, ...]] = []
         for at in range(0, len(positions), HEAD_CHUNK):
-            chunk = positions[at : at + HEAD_CHUNK]
-            logits = head(self.model)(hidden_LD[torch.from_numpy(chunk).to(self.device)]).float()
-            ids, entropy = draw(logits, torch.from_numpy(all_uniforms[chunk]).to(self.device), config.temperature)
+            hidden = hidden_LD[torch.from_numpy(positions[at : at + HEAD_CHUNK]).to(self.device)]
+            logits = head(self.model)(hidden).float()
+            chance = None if drawn is None else torch.from_numpy(drawn[at : at + HEAD_CHUNK]).to(self.device)
             lse = logits.logsumexp(-1)
             gold_logit = logits.gather(1, gold[at : at + HEAD_CHUNK, None])[:, 0]
-            parts.append((ids, lse, gold_logit - lse, entropy))
-        drawn, all_lse, all_gold, all_entropy = (torch.cat(p).cpu().numpy() for p in zip(*parts, strict=True))
+            stats = (lse, gold_logit - lse, entropy(logits, config.temperature))
+            parts.append((*stats, *capture(config, logits, hidden, chance)))
+        all_lse, all_gold, all_entropy, *kept = (torch.cat(p).cpu() for p in zip(*parts, strict=True))
         return {
             "sample_id": sample.sample_id,
             "positions": len(positions),
-            **encode_draws(drawn, head(self.model).out_features),
-            "lse": all_lse.astype("<f4").tobytes(),
-            "gold_logprob": all_gold.astype("<f2").tobytes(),
-            "entropy": all_entropy.astype("<f2").tobytes(),
+            **encode(config, kept, head(self.model).out_features),
+            "lse": all_lse.numpy().astype("<f4").tobytes(),
+            "gold_logprob": all_gold.numpy().astype("<f2").tobytes(),
+            "entropy": all_entropy.numpy().astype("<f2").tobytes(),
         }

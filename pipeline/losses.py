@@ -4,16 +4,19 @@ Shapes: P positions, D hidden size, V vocabulary, E drawn (position, id) pairs, 
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.targets import SparseTargets
+from pipeline.activations import Activation
+from pipeline.targets import SparseTargets, Targets, TopTargets
 
 # Rows of logits held at once: 512 × 51,200 in float32 is 0.1 GB.
 HEAD_CHUNK = 512
+# Probabilities below this are rounding in float32.
+TINY = 1e-7
 
 
 def _chunked(hidden_PD: Tensor, chunk: int, term: Callable[[Tensor, int, int], Tensor]) -> Tensor:
@@ -23,6 +26,43 @@ def _chunked(hidden_PD: Tensor, chunk: int, term: Callable[[Tensor, int, int], T
         stop = min(start + chunk, hidden_PD.shape[0])
         total = total + checkpoint(term, hidden_PD[start:stop], start, stop, use_reentrant=False)
     return total
+
+
+def target_kl(
+    hidden_PD: Tensor, head: nn.Module, targets: Targets, temperature: float, chunk: int = HEAD_CHUNK
+) -> Tensor:
+    """Sum over positions of KL(teacher ‖ student), in nats, times temperature², as the kind of targets gives it.
+
+    Estimated from ``sampled`` draws; a lower bound from ``top_k``; exact from ``final_hidden``, through the head that
+    teacher and student share.
+    """
+    if isinstance(targets, SparseTargets):
+        return sampled_kl(hidden_PD, head, targets, temperature, chunk)
+    term = _top_kl if isinstance(targets, TopTargets) else _hidden_kl
+
+    def part(hidden: Tensor, start: int, stop: int) -> Tensor:
+        return term(head, hidden, targets, slice(start, stop), temperature)
+
+    return temperature**2 * _chunked(hidden_PD, chunk, part)
+
+
+def _top_kl(head: nn.Module, hidden_PD: Tensor, targets: Any, rows: slice, temperature: float) -> Tensor:
+    """KL over k + 1 outcomes, the kept tokens and all others as one: nothing is renormalised away."""
+    logq_PV = torch.log_softmax(head(hidden_PD).float() / temperature, -1)
+    logp_PK, logq_PK = targets.logprobs[rows], logq_PV.gather(1, targets.ids[rows])
+    rest_p, rest_q = (1 - x.exp().sum(-1) for x in (logp_PK, logq_PK))
+    kept = (logp_PK.exp() * (logp_PK - logq_PK)).sum()
+    # where rounding or certainty leaves nothing over, the rest says nothing
+    rest = rest_p.clamp(min=0) * (rest_p.clamp(min=TINY).log() - rest_q.clamp(min=TINY).log())
+    return kept + rest.sum()
+
+
+def _hidden_kl(head: nn.Module, hidden_PD: Tensor, targets: Any, rows: slice, temperature: float) -> Tensor:
+    with torch.no_grad():
+        state = targets.hidden
+        part = Activation(state.values[rows], None if state.scale is None else state.scale[rows])
+        teacher = head(part.wide(hidden_PD.dtype)).float() / temperature
+    return full_kl(teacher, head(hidden_PD).float() / temperature).sum()
 
 
 def sampled_kl(

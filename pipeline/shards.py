@@ -5,7 +5,8 @@ The same rows give the same bytes: no time, host or order of writing enters a sh
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,7 +33,8 @@ def write_shard(
         "decant.checksum": checksum(data),
     }
     sink = io.BytesIO()
-    pq.write_table(data.replace_schema_metadata(footer), sink, compression="zstd", use_dictionary=False)
+    compression = {c.name: c.compression for c in table.columns}
+    pq.write_table(data.replace_schema_metadata(footer), sink, compression=compression, use_dictionary=False)
     store.write(f"{ref}/{shard_name(index)}", sink.getvalue())
 
 
@@ -64,8 +66,12 @@ def read_shard(
     """
     where = store.path(f"{ref}/{info.name}")
     try:
-        with store.fs.open(where, "rb") as file:
-            data = pq.read_table(file, columns=list(columns) if columns else None)
+        names = list(columns) if columns else None
+        if store.local:  # Arrow reads a file four times as fast by itself as through Python
+            data = pq.read_table(where, columns=names, memory_map=True, partitioning=None)
+        else:
+            with store.fs.open(where, "rb") as file:
+                data = pq.read_table(file, columns=names)
     except (pa.ArrowException, OSError) as error:
         raise ShardCorrupt(f"{where}: cannot be read as Parquet: {_line(error)}; {_remedy(ref)}") from None
     table.check(data, where)
@@ -74,6 +80,29 @@ def read_shard(
     if columns is None and checksum(data) != info.checksum:
         raise ShardCorrupt(f"{where}: values do not match the checksum; {_remedy(ref)}")
     return data
+
+
+class Row(Mapping[str, Any]):
+    """One row of a table: numbers and texts as Python's, binary values as buffers of the table's own memory."""
+
+    def __init__(self, columns: Mapping[str, pa.Array], index: int) -> None:
+        self._columns, self._index = columns, index
+
+    def __getitem__(self, name: str) -> Any:
+        value = self._columns[name][self._index]
+        return value.as_buffer() if pa.types.is_large_binary(value.type) else value.as_py()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+
+def rows_of(data: pa.Table) -> list[Row]:
+    """The rows of a table, without copying a payload."""
+    columns = {name: data[name].combine_chunks() for name in data.schema.names}
+    return [Row(columns, index) for index in range(data.num_rows)]
 
 
 def _line(error: Exception) -> str:

@@ -22,6 +22,11 @@ class Store:
         self.fs, self.root = fsspec.core.url_to_fs(root)
         self.url = root
 
+    @property
+    def local(self) -> bool:
+        """Whether the objects are files of this machine."""
+        return isinstance(self.fs, LocalFileSystem)
+
     def path(self, name: str) -> str:
         """The object's path within the file system."""
         return f"{self.root.rstrip('/')}/{name}"
@@ -62,7 +67,7 @@ class Store:
         """
         target = self.path(name)
         try:
-            if isinstance(self.fs, LocalFileSystem):
+            if self.local:
                 _write_local(Path(target), data)
             else:
                 self.fs.pipe_file(target, data)

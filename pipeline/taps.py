@@ -1,15 +1,10 @@
-"""Taps: what is kept of an attention layer for a fraction of the samples, and how it is written and read.
-
-A tap is the layer's input (the normalised hidden state) and its attention output, each [L, D], as bfloat16 bits.
-"""
+"""Taps: the input (the normalised hidden state) and the output of attention layers, each [L, D], of some samples."""
 
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 
@@ -36,14 +31,3 @@ def recorded(layers: Any, chosen: tuple[int, ...]) -> Iterator[dict[int, tuple[T
     finally:
         for handle in handles:
             handle.remove()
-
-
-def encode_tap(value_LD: Tensor) -> bytes:
-    """bfloat16 bits, little-endian."""
-    return value_LD.to(torch.bfloat16).contiguous().view(torch.int16).cpu().numpy().astype("<i2").tobytes()
-
-
-def decode_tap(data: bytes, tokens: int) -> Tensor:
-    """[tokens, D] bfloat16."""
-    bits = torch.from_numpy(np.frombuffer(data, "<i2").astype(np.int16))
-    return bits.view(torch.bfloat16).view(tokens, -1)

@@ -1,22 +1,28 @@
-"""Random-sampling targets: N draws with replacement from the teacher's distribution a position (arXiv 2503.16870).
+"""Targets of the teacher's distribution: what each kind captures from logits, and how it is written and read.
 
-``E[count / N]`` is the teacher's probability, so the gradient of the cross-entropy to the draws is an unbiased estimate
-of the gradient to the full distribution. Bytes a position: 1 for the number of distinct ids, then 3 an id (uint16 id
-and uint8 count; 5 where the vocabulary needs uint32), and 8 for log-sum-exp, gold log-probability and entropy.
+``sampled``: N draws with replacement (random-sampling distillation, arXiv 2503.16870). ``E[count / N]`` is the
+teacher's probability, so the gradient of the cross-entropy to the draws is an unbiased estimate of that to the whole
+distribution. Bytes a position: 1, and 3 a distinct id. ``top_k``: 4 bytes an id. ``final_hidden``: 2 bytes a channel,
+or 1 and 4 a position; the whole distribution follows through the frozen head. Ids take 2 bytes more where the
+vocabulary is over 65,536. All kinds keep log-sum-exp, gold log-probability and entropy besides, 8 bytes a position.
 
-Shapes: P positions, V vocabulary, N draws, E distinct (position, id) pairs.
+Shapes: P positions, V vocabulary, N draws, K kept, D hidden size, E distinct (position, id) pairs.
 """
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from schemas.config import SampledTargets
+from pipeline.activations import Activation, decode_activation, encode_activation, join
+from schemas.config import FinalHiddenTargets, SampledTargets, TargetsConfig, TopKTargets
 
 UINT16_IDS = 65536
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -36,20 +42,75 @@ class SparseTargets:
         return SparseTargets(*(t.to(device, non_blocking=True) for t in (self.ids, self.share, self.row, self.entropy)))
 
 
+@dataclass(frozen=True)
+class TopTargets:
+    """The most probable tokens: ``ids`` [P, K] int64 and ``logprobs`` [P, K] float32 over the whole vocabulary."""
+
+    ids: Tensor
+    logprobs: Tensor
+
+    def to(self, device: torch.device) -> "TopTargets":
+        """The same on another device."""
+        return TopTargets(self.ids.to(device, non_blocking=True), self.logprobs.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class HiddenTargets:
+    """The teacher's state before the head, [P, D]."""
+
+    hidden: Activation
+
+    def to(self, device: torch.device) -> "HiddenTargets":
+        """The same on another device."""
+        return HiddenTargets(self.hidden.to(device))
+
+
+Targets = SparseTargets | TopTargets | HiddenTargets
+
+
 def uniforms(sample_id: str, seed: int, tokens: int, draws: int) -> np.ndarray:
     """float64[tokens, N] in [0, 1): a pure function of sample, position and seed, whatever the batch."""
     key = hashlib.sha256(f"{seed}:{sample_id}".encode()).digest()[:16]
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random((tokens, draws))
 
 
-def draw(logits_PV: Tensor, uniforms_PN: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Token ids [P, N] by inverting the cumulative distribution, and entropy [P] in nats, at ``temperature``."""
-    logp = torch.log_softmax(logits_PV.double() / temperature, -1)
-    p = logp.exp()
-    cdf = p.cumsum(-1)
+def draw(logits_PV: Tensor, uniforms_PN: Tensor, temperature: float) -> Tensor:
+    """Token ids [P, N] by inverting the cumulative distribution at ``temperature``."""
+    cdf = torch.softmax(logits_PV.double() / temperature, -1).cumsum(-1)
     # the last entry is 1 up to rounding; dividing makes a draw beyond it impossible
-    ids = torch.searchsorted(cdf / cdf[:, -1:], uniforms_PN, right=True)
-    return ids, -(p * logp).sum(-1)
+    return torch.searchsorted(cdf / cdf[:, -1:], uniforms_PN, right=True)
+
+
+def entropy(logits_PV: Tensor, temperature: float) -> Tensor:
+    """Entropy [P] in nats, at ``temperature``."""
+    logp = torch.log_softmax(logits_PV.float() / temperature, -1)
+    return -(logp.exp() * logp).sum(-1)
+
+
+def top(logits_PV: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """Ids [P, K] and log-probabilities [P, K] at ``temperature``, most probable first."""
+    logprobs, ids = torch.log_softmax(logits_PV.float() / temperature, -1).topk(min(k, logits_PV.shape[-1]))
+    return ids, logprobs
+
+
+def capture(config: TargetsConfig, logits_PV: Tensor, hidden_PD: Tensor, uniforms_PN: Tensor | None) -> list[Tensor]:
+    """What is kept of some positions, still on the device; ``encode`` takes it for all positions of a sample."""
+    if config.kind == "sampled":
+        assert uniforms_PN is not None
+        return [draw(logits_PV, uniforms_PN, config.temperature)]
+    if config.kind == "top_k":
+        return list(top(logits_PV, config.k, config.temperature))
+    return [hidden_PD]
+
+
+def encode(config: TargetsConfig, kept: Sequence[Tensor], vocabulary: int) -> dict[str, object]:
+    """The columns of one sample, of what ``capture`` kept."""
+    if config.kind == "sampled":
+        return encode_draws(kept[0].cpu().numpy(), vocabulary)
+    if config.kind == "top_k":
+        ids, logprobs = (t.cpu().numpy() for t in kept)
+        return {**_encode_ids(ids, vocabulary), "logprobs": logprobs.astype("<f2").tobytes()}
+    return dict(encode_activation("hidden", kept[0], config.dtype))
 
 
 def encode_draws(ids_PN: np.ndarray, vocabulary: int) -> dict[str, object]:
@@ -59,26 +120,48 @@ def encode_draws(ids_PN: np.ndarray, vocabulary: int) -> dict[str, object]:
     first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     starts = np.flatnonzero(first)
     counts = np.diff(np.append(starts, ordered.size))
-    dtype = "uint16" if vocabulary <= UINT16_IDS else "uint32"
     return {
-        "ids": ordered.ravel()[starts].astype(f"<u{2 if dtype == 'uint16' else 4}").tobytes(),
-        "ids_dtype": dtype,
+        **_encode_ids(ordered.ravel()[starts], vocabulary),
         "counts": counts.astype(np.uint8).tobytes(),
         "n_unique": first.sum(1).astype(np.uint8).tobytes(),
     }
 
 
-def decode_draws(rows: list[dict[str, object]], config: SampledTargets) -> SparseTargets:
+def _encode_ids(ids: np.ndarray, vocabulary: int) -> dict[str, object]:
+    dtype = "uint16" if vocabulary <= UINT16_IDS else "uint32"
+    return {"ids": ids.astype(np.dtype(dtype).newbyteorder("<")).tobytes(), "ids_dtype": dtype}
+
+
+def decode(config: TargetsConfig, rows: Sequence[Row]) -> Targets:
     """The targets of several samples, one after the other; ``rows`` are rows of the ``targets`` table."""
+    if config.kind == "sampled":
+        return _decode_draws(config, rows)
+    if config.kind == "top_k":
+        return _decode_top(config, rows)
+    return _decode_hidden(config, rows)
 
-    def joined(name: str, dtype: str | None = None) -> np.ndarray:
-        parts = [np.frombuffer(r[name], dtype or np.dtype(str(r["ids_dtype"]))) for r in rows]  # type: ignore[call-overload]
-        return np.concatenate(parts)
 
-    n_unique = joined("n_unique", "u1").astype(np.int64)
+def _joined(rows: Sequence[Row], name: str, dtype: str | None = None) -> np.ndarray:
+    """A column's values over the rows; ids have the type that each row names."""
+    return np.concatenate([np.frombuffer(cast(bytes, r[name]), dtype or str(r["ids_dtype"])) for r in rows])
+
+
+def _decode_draws(config: SampledTargets, rows: Sequence[Row]) -> SparseTargets:
+    n_unique = _joined(rows, "n_unique", "u1").astype(np.int64)
     return SparseTargets(
-        ids=torch.from_numpy(joined("ids").astype(np.int64)),
-        share=torch.from_numpy(joined("counts", "u1").astype(np.float32) / config.draws),
+        ids=torch.from_numpy(_joined(rows, "ids").astype(np.int64)),
+        share=torch.from_numpy(_joined(rows, "counts", "u1").astype(np.float32) / config.draws),
         row=torch.from_numpy(np.repeat(np.arange(len(n_unique)), n_unique)),
-        entropy=torch.from_numpy(joined("entropy", "<f2").astype(np.float32)),
+        entropy=torch.from_numpy(_joined(rows, "entropy", "<f2").astype(np.float32)),
     )
+
+
+def _decode_top(config: TopKTargets, rows: Sequence[Row]) -> TopTargets:
+    positions = sum(int(r["positions"]) for r in rows)
+    ids, logprobs = _joined(rows, "ids").astype(np.int64), _joined(rows, "logprobs", "<f2").astype(np.float32)
+    assert len(ids) <= positions * config.k
+    return TopTargets(torch.from_numpy(ids).view(positions, -1), torch.from_numpy(logprobs).view(positions, -1))
+
+
+def _decode_hidden(config: FinalHiddenTargets, rows: Sequence[Row]) -> HiddenTargets:
+    return HiddenTargets(join([decode_activation("hidden", r, int(r["positions"]), config.dtype) for r in rows]))

@@ -18,6 +18,9 @@ Dtype = Literal["float32", "bfloat16"]
 Backend = Literal["auto", "torch", "mamba-ssm"]
 # What of the student trains. `norms` and `mlp` are those of the replaced layers.
 Part = Literal["mixers", "connector", "norms", "mlp"]
+# How activations are kept: 16 bits, or 8 with a scale a token.
+ActivationType = Literal["bfloat16", "fp8_e4m3"]
+Positions = Literal["response", "text", "all"]
 # Counts are stored in one byte.
 MAX_DRAWS = 255
 
@@ -57,17 +60,41 @@ class SampledTargets(Section):
     temperature: float = Field(1.0, gt=0)
 
 
+class TopKTargets(Section):
+    """The k most probable tokens' log-probabilities; the rest is one outcome, whose mass the log-sum-exp tells."""
+
+    kind: Literal["top_k"]
+    k: int = Field(12, ge=1, le=4096)
+    temperature: float = Field(1.0, gt=0)
+
+
+class FinalHiddenTargets(Section):
+    """The state before the frozen head, from which the whole distribution follows; ``temperature`` is the loss's."""
+
+    kind: Literal["final_hidden"]
+    dtype: ActivationType = "bfloat16"
+    temperature: float = Field(1.0, gt=0)
+
+
+TargetsConfig = Annotated[SampledTargets | TopKTargets | FinalHiddenTargets, Field(discriminator="kind")]
+
+
 class TapsConfig(Section):
     """Inputs and outputs of attention layers, kept for a fraction of the samples (chosen by ``sample_id``)."""
 
     layers: Literal["replaced", "all"] | tuple[int, ...] = "replaced"
     fraction: float = Field(0.25, ge=0, le=1)
+    dtype: ActivationType = "bfloat16"
 
 
 class CacheConfig(StageSection):
-    """What the teacher leaves behind: distribution targets at response positions, and taps."""
+    """What the teacher leaves behind: targets of its distribution at the chosen positions, and taps.
 
-    targets: SampledTargets = SampledTargets()
+    ``positions`` predict a supervised token (``response``), any token that is no image's (``text``), or any (``all``).
+    """
+
+    targets: TargetsConfig = SampledTargets()
+    positions: Positions = "response"
     taps: TapsConfig = TapsConfig()
     dtype: Dtype = "float32"
     seed: int = 0

@@ -6,20 +6,26 @@ times faster to write and read than nested lists); what is needed to decode them
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import pyarrow as pa
 
+from schemas.config import ActivationType, CacheConfig, TargetsConfig
 from schemas.errors import ShardCorrupt
+
+# Compression takes a fifth off activations and most of the speed of reading them.
+ACTIVATIONS: Literal["none"] = "none"
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column: name, Arrow type, meaning, and whether rows may lack it."""
+    """One column: name, Arrow type, meaning, whether rows may lack it, and its compression on disk."""
 
     name: str
     type: pa.DataType
     doc: str
     nullable: bool = False
+    compression: Literal["zstd", "none"] = "zstd"
 
 
 @dataclass(frozen=True)
@@ -62,27 +68,50 @@ SAMPLES = Table(
 )
 
 
-def tap_columns(layer: int) -> tuple[Column, Column]:
-    """The two columns of one tapped layer."""
-    return (
-        Column(f"tap_{layer}_input", pa.large_binary(), "bfloat16[tokens, hidden]: the mixer's input", nullable=True),
-        Column(
-            f"tap_{layer}_output", pa.large_binary(), "bfloat16[tokens, hidden]: the attention output", nullable=True
-        ),
-    )
+def tap_columns(layer: int, dtype: ActivationType) -> tuple[Column, ...]:
+    """The columns of one tapped layer."""
+    columns = []
+    for part, meaning in (("input", "the mixer's input"), ("output", "the attention output")):
+        name = f"tap_{layer}_{part}"
+        columns.append(Column(name, pa.large_binary(), f"{dtype}[tokens, hidden]: {meaning}", True, ACTIVATIONS))
+        if dtype == "fp8_e4m3":
+            columns.append(Column(f"{name}_scale", pa.large_binary(), "float32[tokens]: what to multiply by", True))
+    return tuple(columns)
 
 
-def targets_table(tapped: Sequence[int]) -> Table:
+def _distribution_columns(targets: TargetsConfig) -> tuple[Column, ...]:
+    """What each kind of target keeps of the distribution."""
+    ids_dtype = Column("ids_dtype", pa.string(), "`uint16` or `uint32`")
+    if targets.kind == "sampled":
+        return (
+            Column(
+                "ids", pa.large_binary(), "uint16 or uint32 [sum of n_unique]: drawn token ids, ascending a position"
+            ),
+            ids_dtype,
+            Column("counts", pa.large_binary(), "uint8[sum of n_unique]: draws of each id; they sum to N a position"),
+            Column("n_unique", pa.large_binary(), "uint8[positions]: distinct ids a position"),
+        )
+    if targets.kind == "top_k":
+        return (
+            Column("ids", pa.large_binary(), "uint16 or uint32 [positions, k]: token ids, most probable first"),
+            ids_dtype,
+            Column("logprobs", pa.large_binary(), "float16[positions, k]: log-probabilities over the whole vocabulary"),
+        )
+    meaning = f"{targets.dtype}[positions, hidden]: the state before the head"
+    hidden = Column("hidden", pa.large_binary(), meaning, compression=ACTIVATIONS)
+    scale = Column("hidden_scale", pa.large_binary(), "float32[positions]: what to multiply by")
+    return (hidden, scale) if targets.dtype == "fp8_e4m3" else (hidden,)
+
+
+def targets_table(cache: CacheConfig, tapped: Sequence[int]) -> Table:
     """The ``targets`` table of a cache with taps of the given layers; rows stand as in the samples' same shard."""
     columns = (
         Column("sample_id", pa.string(), "as in `samples`"),
-        Column("positions", pa.int32(), "predicting positions: one a supervised token"),
-        Column("ids", pa.large_binary(), "uint16 or uint32 [sum of n_unique]: drawn token ids, ascending a position"),
-        Column("ids_dtype", pa.string(), "`uint16` or `uint32`"),
-        Column("counts", pa.large_binary(), "uint8[sum of n_unique]: draws of each id; they sum to N a position"),
-        Column("n_unique", pa.large_binary(), "uint8[positions]: distinct ids a position"),
+        Column("positions", pa.int32(), "positions with a target"),
+        *_distribution_columns(cache.targets),
         Column("lse", pa.large_binary(), "float32[positions]: log-sum-exp of the logits"),
         Column("gold_logprob", pa.large_binary(), "float16[positions]: log-probability of the token that follows"),
         Column("entropy", pa.large_binary(), "float16[positions]: entropy at the capture temperature, nats"),
     )
-    return Table("targets", 1, columns + tuple(c for layer in tapped for c in tap_columns(layer)))
+    taps = tuple(c for layer in tapped for c in tap_columns(layer, cache.taps.dtype))
+    return Table("targets", 2, columns + taps)

@@ -27,3 +27,8 @@ KERNEL_RELATIVE = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
 KERNEL_OVER_TORCH = 4.0
 # The same operations in another grouping; in bfloat16 plain torch rounds (2^-9) at other places than the fused kernel.
 STOCK_MAMBA2 = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
+# Half a unit in the last place of float16's ten bits.
+FLOAT16_LOGPROB = 2.0**-11
+# Of float8 e4m3's three; and what that leaves of a normal token's norm: 2.6 % is the mean over three bits.
+FP8_RELATIVE = 2.0**-4
+FP8_NORM = 0.03

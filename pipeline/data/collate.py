@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.encoding import decode_image
+from schemas.config import Positions
 
 
 def pad_tokens(rows: Sequence[np.ndarray], pad_id: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
@@ -35,6 +36,20 @@ def predicting_positions(spans: np.ndarray) -> np.ndarray:
     """int64[P]: positions whose next token is supervised. The first token of a sequence is predicted by none."""
     ranges = [np.arange(max(start, 1) - 1, stop - 1) for start, stop in spans]
     return np.concatenate(ranges).astype(np.int64)
+
+
+def target_positions(kind: Positions, spans: np.ndarray, ids: np.ndarray, image_token_id: int | None) -> np.ndarray:
+    """int64[P]: the positions of a sample that have a target."""
+    if kind == "response":
+        return predicting_positions(spans)
+    positions = np.arange(len(ids) - 1, dtype=np.int64)
+    return positions if kind == "all" else positions[ids[1:] != image_token_id]
+
+
+def image_token_of(processor: Any) -> int | None:
+    """The token that stands for image positions, None for a text model."""
+    found: int | None = getattr(processor, "image_token_id", None)
+    return found
 
 
 def pad_id_of(tokenizer: Any) -> int:

@@ -15,11 +15,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline.data.collate import pad_id_of, pad_tokens, pixel_values, predicting_positions
-from pipeline.shards import read_manifest, read_shard
+from pipeline.activations import Activation, decode_activation, pad
+from pipeline.data.collate import image_token_of, pad_id_of, pad_tokens, pixel_values, target_positions
+from pipeline.shards import Row, read_manifest, read_shard, rows_of
 from pipeline.store import Store
-from pipeline.taps import decode_tap, is_tapped
-from pipeline.targets import SparseTargets, decode_draws
+from pipeline.taps import is_tapped
+from pipeline.targets import Targets, decode
 from pipeline.training.order import WINDOW, batch_items, rank_slice
 from schemas.artifacts import ArtifactRef
 from schemas.config import AlignPhase, CacheConfig, DistillPhase
@@ -28,15 +29,17 @@ from schemas.tables import SAMPLES, Table, tap_columns, targets_table
 
 # Batches decoded ahead of the step that needs them.
 AHEAD = 2
+# Columns of the targets that no loss reads.
+UNREAD = ("lse", "gold_logprob")
 # Decoded shards kept in memory; a small cache is then read once, a large one window by window.
 MEMORY_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
 class TapBatch:
-    """Inputs and outputs by layer, each [B, L, D] bfloat16, and the mask [B, L] of real tokens."""
+    """Inputs and outputs by layer, each [B, L, D], and the mask [B, L] of real tokens."""
 
-    layers: dict[int, tuple[Tensor, Tensor]]
+    layers: dict[int, tuple[Activation, Activation]]
     mask: Tensor
 
 
@@ -52,7 +55,7 @@ class Batch:
     inputs: dict[str, Tensor] = field(default_factory=dict)
     positions: Tensor | None = None
     gold: Tensor | None = None
-    targets: SparseTargets | None = None
+    targets: Targets | None = None
     taps: TapBatch | None = None
     global_positions: int = 0
     global_tapped: int = 0
@@ -78,17 +81,19 @@ class Batch:
 
 
 class CacheIndex:
-    """What every cached row is, by shard: token counts, response tokens, tapped or not."""
+    """What every cached row is, by shard: token counts, positions with a target, tapped or not."""
 
-    def __init__(self, store: Store, samples: ArtifactRef, targets: ArtifactRef, cache: CacheConfig) -> None:
+    def __init__(
+        self, store: Store, samples: ArtifactRef, targets: ArtifactRef, cache: CacheConfig, table: Table
+    ) -> None:
         self.samples, self.targets = read_manifest(store, samples), read_manifest(store, targets)
         if self.samples.shard_rows != self.targets.shard_rows:
             raise ShardCorrupt(f"{targets}: its shards do not have the rows of {samples}'s")
-        self.tokens, self.responses, self.tapped = [], [], []
-        for info in self.samples.shards:
-            data = read_shard(store, samples, SAMPLES, info, ["sample_id", "tokens", "response_tokens"])
+        self.tokens, self.positions, self.tapped = [], [], []
+        for info, cached in zip(self.samples.shards, self.targets.shards, strict=True):
+            data = read_shard(store, samples, SAMPLES, info, ["sample_id", "tokens"])
             self.tokens.append(data["tokens"].to_numpy())
-            self.responses.append(data["response_tokens"].to_numpy())
+            self.positions.append(read_shard(store, targets, table, cached, ["positions"])["positions"].to_numpy())
             ids = data["sample_id"].to_pylist()
             self.tapped.append(np.array([is_tapped(i, cache.taps.fraction, cache.seed) for i in ids]))
 
@@ -125,12 +130,14 @@ class CachedBatches:
     ) -> None:
         """``tapped`` are the layers that the cache holds, ``layers`` those that this student needs."""
         self.store, self.refs, self.cache, self.layers = store, (samples, targets), cache, layers
-        self.index = CacheIndex(store, samples, targets, cache)
+        self.table = targets_table(cache, tapped)
+        self.index = CacheIndex(store, samples, targets, cache, self.table)
         self.processor = processor
         self.pad_id = pad_id_of(getattr(processor, "tokenizer", processor))
-        self.table = targets_table(tapped)
-        self.tap_names = [c.name for layer in layers for c in tap_columns(layer)]
-        self._shards: OrderedDict[tuple[str, int], tuple[list[dict[str, Any]], int]] = OrderedDict()
+        self.image_token_id = image_token_of(processor)
+        self.tap_names = [c.name for layer in layers for c in tap_columns(layer, cache.taps.dtype)]
+        self.target_names = [c.name for c in targets_table(cache, ()).columns if c.name not in UNREAD]
+        self._shards: OrderedDict[tuple[str, int], tuple[list[Row], int]] = OrderedDict()
         self._held = 0
 
     def stream(self, phase: AlignPhase | DistillPhase, seed: int, start: int, rank: int, world: int) -> Iterator[Batch]:
@@ -151,7 +158,7 @@ class CachedBatches:
         mine = rank_slice(items, rank, world)
         index = self.index
         base = Batch(
-            global_positions=index.count(index.responses, items, tapped=False),
+            global_positions=index.count(index.positions, items, tapped=False),
             global_tapped=int(sum(index.tapped[s][r] for s, r in items)),
             global_tap_tokens=index.count(index.tokens, items, tapped=True),
         )
@@ -165,7 +172,8 @@ class CachedBatches:
         found: list[dict[int, tuple[Tensor, Tensor]]] = []
         for shard, flags in enumerate(self.index.tapped):
             for row in np.flatnonzero(flags)[: count - len(found)]:
-                found.append(self._tap_row(shard, int(row)))
+                taps = self._tap_row(shard, int(row))
+                found.append({layer: (u.wide(), a.wide()) for layer, (u, a) in taps.items()})
             if len(found) == count:
                 break
         return found
@@ -175,19 +183,19 @@ class CachedBatches:
         rows = [self._tap_row(int(s), int(r)) for s, r in items if self.layers and self.index.tapped[s][r]]
         if not rows:
             return None
-        lengths = torch.tensor([next(iter(r.values()))[0].shape[0] for r in rows])
-
-        def stack(layer: int, which: int) -> Tensor:
-            return torch.nn.utils.rnn.pad_sequence([r[layer][which] for r in rows], batch_first=True)
-
-        layers = {layer: (stack(layer, 0), stack(layer, 1)) for layer in self.layers}
+        lengths = torch.tensor([next(iter(r.values()))[0].values.shape[0] for r in rows])
+        layers = {n: (pad([r[n][0] for r in rows]), pad([r[n][1] for r in rows])) for n in self.layers}
         return TapBatch(layers, torch.arange(int(lengths.max()))[None] < lengths[:, None])
 
-    def _tap_row(self, shard: int, row: int) -> dict[int, tuple[Tensor, Tensor]]:
+    def _tap_row(self, shard: int, row: int) -> dict[int, tuple[Activation, Activation]]:
         data = self._rows("taps", shard)[row]
         tokens = int(self.index.tokens[shard][row])
+        dtype = self.cache.taps.dtype
         return {
-            layer: (decode_tap(data[f"tap_{layer}_input"], tokens), decode_tap(data[f"tap_{layer}_output"], tokens))
+            layer: (
+                decode_activation(f"tap_{layer}_input", data, tokens, dtype),
+                decode_activation(f"tap_{layer}_output", data, tokens, dtype),
+            )
             for layer in self.layers
         }
 
@@ -198,7 +206,11 @@ class CachedBatches:
             if sample["sample_id"] != target["sample_id"]:
                 raise ShardCorrupt(f"{self.refs[1]}: row of {target['sample_id']} stands beside {sample['sample_id']}")
         tokens = [np.frombuffer(s["input_ids"], "<i4") for s in samples]
-        places = [predicting_positions(np.frombuffer(s["spans"], "<i4").reshape(-1, 2)) for s in samples]
+        spans = [np.frombuffer(s["spans"], "<i4").reshape(-1, 2) for s in samples]
+        places = [
+            target_positions(self.cache.positions, s, t, self.image_token_id)
+            for s, t in zip(spans, tokens, strict=True)
+        ]
         ids, mask = pad_tokens(tokens, self.pad_id)
         inputs = {"input_ids": ids, "attention_mask": mask}
         pixels = pixel_values(self.processor, [s["image"] for s in samples])
@@ -210,10 +222,10 @@ class CachedBatches:
             "inputs": inputs,
             "positions": torch.from_numpy(np.stack([rows, np.concatenate(places)], 1)),
             "gold": torch.from_numpy(gold),
-            "targets": decode_draws(targets, self.cache.targets),
+            "targets": decode(self.cache.targets, targets),
         }
 
-    def _rows(self, part: str, shard: int) -> list[dict[str, Any]]:
+    def _rows(self, part: str, shard: int) -> list[Row]:
         """Rows of one shard, of the samples, the targets or the taps; the latest used stay in memory.
 
         At least one window of shards stays, or every step would read them anew.
@@ -221,7 +233,7 @@ class CachedBatches:
         key = (part, shard)
         if key not in self._shards:
             data = self._read(part, shard)
-            self._shards[key] = (data.to_pylist(), data.nbytes)
+            self._shards[key] = (rows_of(data), data.nbytes)
             self._held += data.nbytes
             while self._held > MEMORY_BYTES and len(self._shards) > 3 * (WINDOW + 1):
                 _, (_, freed) = self._shards.popitem(last=False)
@@ -234,7 +246,7 @@ class CachedBatches:
         table: Table = SAMPLES if part == "samples" else self.table
         columns = {
             "samples": ["sample_id", "input_ids", "spans", "image"],
-            "targets": ["sample_id", "ids", "ids_dtype", "counts", "n_unique", "entropy"],
+            "targets": self.target_names,
             "taps": self.tap_names,
         }[part]
         manifest = self.index.samples if part == "samples" else self.index.targets

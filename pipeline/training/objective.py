@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.losses import gold_cross_entropy, layer_loss, sampled_kl
+from pipeline.losses import gold_cross_entropy, layer_loss, target_kl
 from pipeline.mixer import Mamba2Mixer
 from pipeline.models import body, head
 from pipeline.training.batches import Batch
@@ -33,8 +33,8 @@ class LayerObjective(nn.Module):
         metrics: Metrics = {}
         for name, mixer in self.mixers.items():
             value_in, value_out = batch.taps.layers[int(name)]
-            output, _ = mixer(value_in.to(next(mixer.parameters()).dtype))
-            value = layer_loss(output, value_out, batch.taps.mask, self.kind, self.power[int(name)])
+            output, _ = mixer(value_in.wide(next(mixer.parameters()).dtype))
+            value = layer_loss(output, value_out.wide(), batch.taps.mask, self.kind, self.power[int(name)])
             metrics[f"layer_{name}"] = value / count
         return torch.stack(list(metrics.values())).sum(), metrics
 
@@ -54,7 +54,7 @@ class DistillObjective(nn.Module):
         hidden_BLD = body(self.model)(**batch.inputs, use_cache=False).last_hidden_state
         hidden_PD = hidden_BLD[batch.positions[:, 0], batch.positions[:, 1]]
         output = head(self.model)
-        metrics = {"kl": sampled_kl(hidden_PD, output, batch.targets, self.temperature) / batch.global_positions}
+        metrics = {"kl": target_kl(hidden_PD, output, batch.targets, self.temperature) / batch.global_positions}
         loss = self.weights.kl * metrics["kl"]
         if self.weights.ce:
             metrics["ce"] = gold_cross_entropy(hidden_PD, output, batch.gold) / batch.global_positions

@@ -18,6 +18,7 @@ from transformers.models.llava.modeling_llava import LlavaModel
 import pipeline.capture
 from jobs import cache, distill, prepare
 from jobs.stages import layer_plan, open_store, tapped_layers, teacher_path
+from pipeline.losses import full_kl, target_kl
 from pipeline.mixer import Mamba2Mixer
 from pipeline.models import body, head, load_model, load_processor
 from pipeline.ops.opset import TORCH
@@ -48,7 +49,7 @@ def make_cache(run: RunConfig) -> Store:
         actor = cache.TeacherActor(job)
         for index in uncommitted(store, job.targets, count):
             actor(cache.decode_shard(pa.table({"shard": [index]}), job))
-        fold_manifest(store, job.targets, targets_table(job.tapped), count, fingerprint)
+        fold_manifest(store, job.targets, targets_table(job.config, job.tapped), count, fingerprint)
         return {}
 
     run_stage(store, Stage(planned.ref, planned.inputs, planned.settings, work))
@@ -61,13 +62,12 @@ def train(run: RunConfig, report: Callable[[dict[str, Any]], None] = lambda _: N
     return load(open_store(run).read(f"{run.ref('distill')}/{distill.WEIGHTS}"))
 
 
-def batches_of(run: RunConfig) -> CachedBatches:
+def batches_of(run: RunConfig, layers: tuple[int, ...] | None = None) -> CachedBatches:
     store = open_store(run)
     processor = load_processor(teacher_path(run))
     tapped = tapped_layers(run)
-    return CachedBatches(
-        store, run.ref("prepare"), run.ref("cache"), run.cache, tapped, layer_plan(run).replaced, processor
-    )
+    layers = layer_plan(run).replaced if layers is None else layers
+    return CachedBatches(store, run.ref("prepare"), run.ref("cache"), run.cache, tapped, layers, processor)
 
 
 class Killed(BaseException):
@@ -163,7 +163,7 @@ def test_batch_holds_what_the_teacher_said(run_of: RunOf) -> None:
     assert torch.equal(batch.gold, following)
     assert batch.global_positions == len(p)
     (layer,) = batch.taps.layers
-    value_in, value_out = batch.taps.layers[layer]
+    value_in, value_out = (value.wide() for value in batch.taps.layers[layer])
     attention = body(teacher).language_model.layers[layer].self_attn
     lengths = batch.taps.mask.sum(1)
     assert int(lengths.sum()) == batch.global_tap_tokens
@@ -272,3 +272,54 @@ def test_norms_and_feed_forward_of_the_replaced_layer_train_where_asked(run_of: 
     assert {n.removeprefix(layer).split(".")[0] for n in trained} == {"self_attn", "mlp", "input_layernorm"}
     assert frozen_before.keys() == {n for n in trained if "self_attn" not in n}
     assert all(not torch.equal(trained[n], p) for n, p in frozen_before.items())
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "top_k": {"kind": "top_k", "k": 8},
+    "bfloat16": {"kind": "final_hidden"},
+    "fp8": {"kind": "final_hidden", "dtype": "fp8_e4m3"},
+}
+
+
+@pytest.mark.parametrize("positions", ["response", "text", "all"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_loss_is_the_live_teachers(run_of: RunOf, kind: str, positions: str) -> None:
+    """The KL from the cache against the KL to a teacher run here, for every kind of target and choice of positions."""
+    run = run_of(cache={"targets": KINDS[kind], "positions": positions, "taps": {"fraction": 0}})
+    make_cache(run)
+    batch = batches_of(run, layers=()).batch(DistillPhase(kind="distill", steps=1, batch=6), 0, 0, 0, 1)
+    assert batch.positions is not None
+    assert batch.targets is not None
+    teacher = load_model(teacher_path(run), torch.float32, WORKER.device)
+    student = build_student(teacher_path(run), layer_plan(run), "mimic", 0, torch.float32, WORKER.device, TORCH)
+    with torch.no_grad():
+        states = [body(m)(**batch.inputs, use_cache=False).last_hidden_state for m in (teacher, student)]
+        theirs, ours = (s[batch.positions[:, 0], batch.positions[:, 1]] for s in states)
+        live = full_kl(head(teacher)(theirs), head(student)(ours))
+        cached = target_kl(ours, head(student), batch.targets, 1.0)
+    counts = {"response": int(live.numel()), "text": 0, "all": int(batch.inputs["attention_mask"].sum()) - 6}
+    assert live.numel() == batch.global_positions == (counts[positions] or batch.global_positions)
+    gold = batch.inputs["input_ids"][batch.positions[:, 0], batch.positions[:, 1] + 1]
+    image = load_processor(teacher_path(run)).image_token_id
+    assert bool((gold == image).any()) == (positions == "all")
+    if kind == "top_k":  # lumping outcomes together can only lose divergence
+        assert 0 < float(cached) <= float(live.sum())
+    else:
+        recovered = full_kl(head(teacher)(theirs), head(teacher)(batch.targets.hidden.wide()))  # type: ignore[union-attr]
+        assert float(recovered.mean()) <= (1e-3 if kind == "bfloat16" else 2e-2)
+        assert float(cached) == pytest.approx(float(live.sum()), rel=0.01 if kind == "bfloat16" else 0.1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_target_trains_with_float8_taps(run_of: RunOf, kind: str) -> None:
+    phases = [{"kind": "align", "steps": 2, "batch": 4}, {"kind": "distill", "steps": 20, "batch": 8, "lr": 2e-3}]
+    run = run_of(
+        cache={"targets": KINDS[kind], "taps": {"fraction": 1, "dtype": "fp8_e4m3"}},
+        distill={"phases": phases, "clip": 10.0},
+    )
+    make_cache(run)
+    curve: list[dict[str, Any]] = []
+    trained = train(run, curve.append)
+    losses = [e["kl"] for e in curve if e["kind"] == "distill"]
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(torch.isfinite(v).all() for v in trained.values())

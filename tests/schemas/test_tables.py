@@ -4,6 +4,7 @@ import pyarrow as pa
 import pytest
 
 from schemas.canonical import canonical_json, differences, digest
+from schemas.config import CacheConfig, FinalHiddenTargets, TapsConfig, TopKTargets
 from schemas.errors import ShardCorrupt
 from schemas.tables import SAMPLES, Table, targets_table
 
@@ -16,20 +17,31 @@ def describe(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
+def golden() -> str:
+    kinds = [
+        CacheConfig(),
+        CacheConfig(targets=TopKTargets(kind="top_k")),
+        CacheConfig(
+            targets=FinalHiddenTargets(kind="final_hidden", dtype="fp8_e4m3"), taps=TapsConfig(dtype="fp8_e4m3")
+        ),
+    ]
+    return describe(SAMPLES) + "".join(describe(targets_table(kind, (0, 4))) for kind in kinds)
+
+
 def test_table_schemas_are_the_golden_file() -> None:
-    assert describe(SAMPLES) + describe(targets_table((0, 4))) == GOLDEN.read_text()
+    assert golden() == GOLDEN.read_text()
 
 
 def test_table_refuses_unknown_wrong_and_empty_columns() -> None:
     good = pa.table({"sample_id": ["a"], "positions": pa.array([1], pa.int32())})
-    targets_table(()).check(good, "here")
+    targets_table(CacheConfig(), ()).check(good, "here")
     for bad in (
         good.append_column("more", pa.array([1])),
         pa.table({"positions": pa.array([1], pa.int64())}),
         pa.table({"sample_id": pa.array([None], pa.string())}),
     ):
         with pytest.raises(ShardCorrupt, match="here: column"):
-            targets_table(()).check(bad, "here")
+            targets_table(CacheConfig(), ()).check(bad, "here")
 
 
 def test_equal_values_have_equal_digests_and_differences_name_the_field() -> None:
