@@ -21,6 +21,7 @@ def stage(run: RunConfig) -> Stage:
         "processor": teacher_digests(run.teacher.path)["processor"],
         "shard_rows": config.shard_rows,
         "max_length": config.max_length,
+        "on_bad_sample": config.on_bad_sample,
     }
 
     def work(store: Store, fingerprint: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from schemas.config import RunConfig
 from schemas.errors import ConfigInvalid, SampleInvalid
 from schemas.layers import LayerPlan, plan_layers
 from schemas.runfile import dump_run
+from schemas.tables import REJECTS_FILE
 
 NAMES = ("prepare", "cache", "distill", "evaluate", "export")
 
@@ -31,6 +32,11 @@ def run_named(name: str, run: RunConfig, out: Console) -> None:
     record, ran = run_stage(open_store(run), stage)
     if ran:
         out.print(f"[green]{stage.ref}[/] done in {record.provenance['seconds']:.1f} s")
+        if record.result.get("rejected"):
+            where = open_store(run).path(f"{stage.ref}/{REJECTS_FILE}")
+            out.print(f"[yellow]{record.result['rejected']} records were skipped[/]; the reasons are in {where}")
+        if record.result.get("duplicates"):
+            out.print(f"[yellow]{record.result['duplicates']} samples are in the data more than once[/]")
     else:
         out.print(f"[green]{stage.ref}[/] is already done (fingerprint {record.fingerprint[:8]}); nothing to do")
 

@@ -44,12 +44,13 @@ class TeacherConfig(Section):
 
 
 class PrepareConfig(StageSection):
-    """Raw conversations in the LLaVA format to the ``samples`` table."""
+    """Raw conversations in the LLaVA format to the ``samples`` table; skipped ones go to the ``rejects`` table."""
 
     data: str
     images: str = "."
     shard_rows: int = Field(256, ge=1, le=65536)
     max_length: int = Field(2048, ge=8)
+    on_bad_sample: Literal["fail", "skip"] = "fail"
 
 
 class SampledTargets(Section):

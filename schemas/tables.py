@@ -68,6 +68,18 @@ SAMPLES = Table(
 )
 
 
+REJECTS_FILE = "rejects.parquet"
+REJECTS = Table(
+    "rejects",
+    1,
+    (
+        Column("file", pa.string(), "the user's data file"),
+        Column("record", pa.int64(), "the record's number in it, from 0"),
+        Column("reason", pa.string(), "why it cannot be used"),
+    ),
+)
+
+
 def tap_columns(layer: int, dtype: ActivationType) -> tuple[Column, ...]:
     """The columns of one tapped layer."""
     columns = []

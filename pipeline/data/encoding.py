@@ -42,16 +42,20 @@ def read_image(conversation: Conversation, folder: str) -> bytes | None:
     """
     if conversation.image is None:
         return None
-    path = Path(folder) / conversation.image
     where = f"{conversation.source}: record {conversation.record}: image"
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise SampleInvalid(f"{where}: {path}: {error.strerror or error}") from None
+    if isinstance(conversation.image, bytes):
+        data = conversation.image
+    else:
+        path = Path(folder) / conversation.image
+        where += f": {path}"
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise SampleInvalid(f"{where}: {error.strerror or error}") from None
     try:
         decode_image(data)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SampleInvalid(f"{where}: {path}: cannot be decoded: {error}") from None
+        raise SampleInvalid(f"{where}: cannot be decoded: {error}") from None
     return data
 
 

@@ -1,26 +1,49 @@
 """The ``prepare`` stage's work: conversations to committed shards of the ``samples`` table."""
 
+import io
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from pipeline.data.conversations import read_conversations
+from pipeline.data.conversations import each_conversation
 from pipeline.data.encoding import EncodedSample, Encoder, read_image
 from pipeline.shards import fold_manifest, write_shard
 from pipeline.store import Store
 from schemas.artifacts import ArtifactRef
 from schemas.config import PrepareConfig
+from schemas.errors import SampleInvalid
 from schemas.manifest import shard_name
-from schemas.tables import SAMPLES
+from schemas.tables import REJECTS, REJECTS_FILE, SAMPLES
 
 
-def encode_all(config: PrepareConfig, encoder: Encoder) -> Iterator[EncodedSample]:
-    """Every record of the data file, encoded, in order."""
-    for conversation in read_conversations(config.data):
-        yield encoder.encode(conversation, read_image(conversation, config.images))
+@dataclass(frozen=True)
+class Reject:
+    """A record that cannot be used: its number in the file, from 0, and why."""
+
+    record: int
+    reason: str
+
+
+def encode_all(config: PrepareConfig, encoder: Encoder) -> Iterator[EncodedSample | Reject]:
+    """Every record of the data file, encoded or rejected, in order.
+
+    Raises:
+        SampleInvalid: the file cannot be read; or a record cannot be used, and those are not to be skipped.
+    """
+    for index, item in enumerate(each_conversation(config.data)):
+        try:
+            if isinstance(item, SampleInvalid):
+                raise item
+            yield encoder.encode(item, read_image(item, config.images))
+        except SampleInvalid as error:
+            if config.on_bad_sample == "fail":
+                raise
+            yield Reject(index, str(error))
 
 
 def prepare(
@@ -31,12 +54,13 @@ def prepare(
     fingerprint: str,
     progress: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Writes all shards and the manifest; returns counts for the record.
+    """Writes all shards, the rejects and the manifest; returns counts for the record.
 
-    A bad record stops the stage before its shard is written; shards already committed are kept and made again only
-    where they are missing. ``progress`` gets the number of samples done.
+    Where bad records are not skipped, one stops the stage before its shard is written. Shards already committed are
+    kept and made again only where they are missing. ``progress`` gets the number of samples done.
     """
-    samples = encode_all(config, encoder)
+    rejects: list[Reject] = []
+    samples = _accepted(encode_all(config, encoder), rejects)
     counts = {"samples": 0, "tokens": 0, "response_tokens": 0, "truncated": 0, "duplicates": 0}
     seen: set[str] = set()
     present = set(store.names(str(ref)))
@@ -51,9 +75,30 @@ def prepare(
         seen.update(r.sample_id for r in rows)
         index += 1
         progress(counts["samples"])
-    counts["duplicates"] = counts["samples"] - len(seen)
+    if not index:
+        raise SampleInvalid(
+            f"{config.data}: none of {len(rejects)} records can be used; the first: {rejects[0].reason}"
+        )
+    counts |= {"duplicates": counts["samples"] - len(seen), "rejected": len(rejects)}
+    store.write(f"{ref}/{REJECTS_FILE}", _rejects_file(config.data, rejects))
     manifest = fold_manifest(store, ref, SAMPLES, index, fingerprint)
     return {**counts, "shards": index, "bytes": sum(s.bytes for s in manifest.shards)}
+
+
+def _accepted(items: Iterator[EncodedSample | Reject], rejects: list[Reject]) -> Iterator[EncodedSample]:
+    """The samples among the items; the others are added to ``rejects`` as they come by."""
+    for item in items:
+        if isinstance(item, Reject):
+            rejects.append(item)
+        else:
+            yield item
+
+
+def _rejects_file(source: str, rejects: list[Reject]) -> bytes:
+    columns = [[source] * len(rejects), [r.record for r in rejects], [r.reason for r in rejects]]
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns, schema=REJECTS.schema()), sink, compression="zstd")
+    return sink.getvalue()
 
 
 def _columns(rows: list[EncodedSample]) -> dict[str, list[object]]:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import typer
@@ -181,3 +182,30 @@ def test_matvlm_checkpoint_becomes_an_exported_folder(tmp_path: Path) -> None:
     refused(decant("import-matvlm", str(tmp_path / "matvlm"), *arguments[1:]), "nowhere: is not a transformers folder")
     assert not list(tmp_path.glob(".import-*"))
     assert not (tmp_path / "other").exists()
+
+
+def test_skipped_records_are_counted_and_named_in_the_rejects_table(settings: dict[str, Any], tmp_path: Path) -> None:
+    data = Path(settings["prepare"]["data"])
+    records = json.loads(data.read_text())[:6]
+    records[1]["image"], records[4]["conversations"] = "nowhere.png", []
+    (tmp_path / "some.json").write_text(json.dumps([*records, records[0]]))
+    settings["prepare"] |= {"data": str(tmp_path / "some.json"), "images": str(data.parent)}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    refused(decant("prepare", str(path)), "image", "nowhere.png: No such file")
+    assert committed(settings["store"]) == []
+    done = decant("prepare", str(path), "--set", "prepare.on_bad_sample=skip")
+    assert done.exit_code == 0, done.output
+    assert "2 records were skipped" in done.output
+    assert "1 samples are in the data more than once" in done.output
+    folder = Path(settings["store"]) / "prepare/tiny@1"
+    rejects = pq.read_table(folder / "rejects.parquet").to_pylist()
+    assert [(r["file"], r["record"]) for r in rejects] == [(str(tmp_path / "some.json"), n) for n in (1, 4)]
+    assert "nowhere.png" in rejects[0]["reason"]
+    assert "list of turns" in rejects[1]["reason"]
+    result = json.loads((folder / "record.json").read_text())["result"]
+    assert (result["samples"], result["rejected"], result["duplicates"]) == (5, 2, 1)
+    (tmp_path / "some.json").write_text(json.dumps([records[4]]))
+    settings["prepare"]["artifact"] = "none@1"
+    path.write_text(yaml.safe_dump(settings))
+    refused(decant("prepare", str(path), "--set", "prepare.on_bad_sample=skip"), "none of 1 records can be used")

@@ -3,11 +3,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jobs.demo import teacher_model
 from pipeline.data.collate import pad_tokens, predicting_positions
-from pipeline.data.conversations import Conversation, Turn, parse, read_conversations
+from pipeline.data.conversations import Conversation, Turn, each_conversation, parse, read_conversations
 from pipeline.data.encoding import Encoder, read_image
 from schemas.errors import SampleInvalid
 
@@ -146,3 +148,35 @@ def test_predicting_positions_stand_one_before_the_supervised_tokens() -> None:
     ids, mask = pad_tokens([np.array([7, 8]), np.array([9])], 0, left=True)
     assert ids.tolist() == [[7, 8], [0, 9]]
     assert mask.tolist() == [[1, 1], [0, 1]]
+
+
+def test_parquet_with_image_bytes_holds_the_same_conversations(tmp_path: Path) -> None:
+    records = [changed(id=str(i)) for i in range(3)]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    image = {"bytes": b"\x89PNG", "path": None}
+    rows = [{**r, "image": v} for r, v in zip(records, (image, image, image), strict=True)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    texts = [{**r, "conversations": json.dumps(r["conversations"]), "image": b"\x89PNG"} for r in records]
+    pq.write_table(pa.Table.from_pylist(texts), tmp_path / "b.parquet")
+    listed = [c.turns for c in read_conversations(str(tmp_path / "a.json"))]
+    for name in ("a", "b"):
+        found = list(read_conversations(str(tmp_path / f"{name}.parquet")))
+        assert [c.turns for c in found] == listed
+        assert {c.image for c in found} == {b"\x89PNG"}
+        with pytest.raises(SampleInvalid, match="record 0: image: cannot be decoded"):
+            read_image(found[0], str(tmp_path))
+    (tmp_path / "c.parquet").write_text("no parquet")
+    with pytest.raises(SampleInvalid, match="cannot be read as Parquet"):
+        list(read_conversations(str(tmp_path / "c.parquet")))
+
+
+def test_bad_records_among_good_ones_come_as_errors(tmp_path: Path) -> None:
+    good = json.dumps(changed(image=None, conversations=CHAT))
+    (tmp_path / "a.jsonl").write_text(f"{good}\n{{broken\n{json.dumps(changed(image=7))}\n{good}\n")
+    found = list(each_conversation(str(tmp_path / "a.jsonl")))
+    assert [type(item).__name__ for item in found] == ["Conversation", "SampleInvalid", "SampleInvalid", "Conversation"]
+    assert "a.jsonl: line 2: cannot be read as JSON" in str(found[1])
+    assert "expected a path" in str(found[2])
+
+
+CHAT = [{"from": "human", "value": "what ?"}, {"from": "gpt", "value": "red"}]

@@ -6,7 +6,7 @@ import pytest
 from schemas.canonical import canonical_json, differences, digest
 from schemas.config import CacheConfig, FinalHiddenTargets, TapsConfig, TopKTargets
 from schemas.errors import ShardCorrupt
-from schemas.tables import SAMPLES, Table, targets_table
+from schemas.tables import REJECTS, SAMPLES, Table, targets_table
 
 GOLDEN = Path("tests/golden/tables.txt")
 
@@ -25,7 +25,7 @@ def golden() -> str:
             targets=FinalHiddenTargets(kind="final_hidden", dtype="fp8_e4m3"), taps=TapsConfig(dtype="fp8_e4m3")
         ),
     ]
-    return describe(SAMPLES) + "".join(describe(targets_table(kind, (0, 4))) for kind in kinds)
+    return describe(SAMPLES) + describe(REJECTS) + "".join(describe(targets_table(kind, (0, 4))) for kind in kinds)
 
 
 def test_table_schemas_are_the_golden_file() -> None:
