@@ -5,7 +5,7 @@ The same rows give the same bytes: no time, host or order of writing enters a sh
 
 import hashlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -70,8 +70,7 @@ def read_shard(
         if store.local:  # Arrow reads a file four times as fast by itself as through Python
             data = pq.read_table(where, columns=names, memory_map=True, partitioning=None)
         else:
-            with store.fs.open(where, "rb") as file:
-                data = pq.read_table(file, columns=names)
+            data = _parquet(store, f"{ref}/{info.name}", lambda file: pq.read_table(file, columns=names))
     except (pa.ArrowException, OSError) as error:
         raise ShardCorrupt(f"{where}: cannot be read as Parquet: {_line(error)}; {_remedy(ref)}") from None
     table.check(data, where)
@@ -80,6 +79,21 @@ def read_shard(
     if columns is None and checksum(data) != info.checksum:
         raise ShardCorrupt(f"{where}: values do not match the checksum; {_remedy(ref)}")
     return data
+
+
+def _parquet(store: Store, name: str, read: Callable[[Any], Any]) -> Any:
+    """What ``read`` makes of the opened file; where that is no Parquet, a whole copy of the right length decides."""
+
+    def attempt() -> Any:
+        with store.fs.open(store.path(name), "rb") as file:
+            return read(file)
+
+    try:
+        return store.patiently(name, attempt)
+    except pa.ArrowInvalid:
+        if store.local:
+            raise
+        return read(pa.BufferReader(store.read(name)))
 
 
 class Row(Mapping[str, Any]):
@@ -117,8 +131,7 @@ def read_footer(store: Store, ref: ArtifactRef, name: str) -> dict[str, str]:
     """The ``decant.*`` entries of a shard's footer, without the prefix."""
     where = store.path(f"{ref}/{name}")
     try:
-        with store.fs.open(where, "rb") as file:
-            metadata = pq.read_schema(file).metadata or {}
+        metadata = _parquet(store, f"{ref}/{name}", pq.read_schema).metadata or {}
     except (pa.ArrowException, OSError) as error:
         raise ShardCorrupt(f"{where}: cannot be read as Parquet: {_line(error)}; {_remedy(ref)}") from None
     found = {k.decode()[7:]: v.decode() for k, v in metadata.items() if k.startswith(b"decant.")}
@@ -166,8 +179,7 @@ def column_bytes(store: Store, ref: ArtifactRef, manifest: Manifest) -> dict[str
     """Bytes on disk of each column over all shards, as Parquet stores them."""
     total: dict[str, int] = {}
     for shard in manifest.shards:
-        with store.fs.open(store.path(f"{ref}/{shard.name}"), "rb") as file:
-            metadata = pq.read_metadata(file)
+        metadata = _parquet(store, f"{ref}/{shard.name}", pq.read_metadata)
         for group in range(metadata.num_row_groups):
             for i in range(metadata.num_columns):
                 column = metadata.row_group(group).column(i)

@@ -1,18 +1,30 @@
 """The artifact store: a folder on local disk or object storage, reached through fsspec.
 
 Owns atomic commits. On local disk an object is written under a temporary name, synced and renamed; elsewhere it is one
-PUT, which object stores make visible as a whole. No reader ever sees half an object.
+PUT, which object stores make visible as a whole. No reader ever sees half an object. Elsewhere than on local disk,
+whatever may pass (server errors, timeouts, broken connections, bodies cut short) is tried again for about a minute.
 """
 
 import os
+import random
+import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from schemas.errors import StoreUnavailable
+
+T = TypeVar("T")
+# Waits of 1, 2, 4, 8 and 16 seconds, each halved at random so that many workers do not come back at once.
+ATTEMPTS, FIRST_WAIT = 6, 1.0
+# No second attempt changes these.
+LASTING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+# Libraries below the file systems whose errors are not OSErrors.
+TRANSPORTS = ("aiohttp", "botocore", "fsspec", "s3fs", "urllib3")
 
 
 class Store:
@@ -31,33 +43,61 @@ class Store:
         """The object's path within the file system."""
         return f"{self.root.rstrip('/')}/{name}"
 
+    def patiently(self, name: str, action: Callable[[], T]) -> T:
+        """What the action gives, tried again where its failure may pass.
+
+        Raises:
+            StoreUnavailable: it never did; names the object.
+        """
+        for attempt in range(ATTEMPTS):
+            try:
+                return action()
+            except Exception as error:
+                if not _may_pass(error):
+                    raise
+                if self.local or attempt == ATTEMPTS - 1:
+                    times = "" if self.local else f" in {ATTEMPTS} attempts"
+                    raise StoreUnavailable(
+                        f"{self.path(name)}: no answer from the store{times}: {type(error).__name__}: {error}; "
+                        f"check `store` ({self.url}), then run the same command again: it goes on with what is missing"
+                    ) from None
+                time.sleep(FIRST_WAIT * 2**attempt * random.uniform(0.5, 1.0))
+        raise AssertionError("the last attempt returns or raises")
+
     def exists(self, name: str) -> bool:
         """Whether the object has been committed."""
-        return cast(bool, self.fs.exists(self.path(name)))
+        return cast(bool, self.patiently(name, lambda: self.fs.exists(self.path(name))))
 
     def read(self, name: str) -> bytes:
-        """The object's bytes."""
+        """The object's bytes, all of them."""
+
+        def whole() -> bytes:
+            data = cast(bytes, self.fs.cat_file(self.path(name)))
+            if len(data) != self.fs.size(self.path(name)):
+                raise EOFError(f"{len(data)} bytes came of {self.fs.size(self.path(name))}")
+            return data
+
         try:
-            return cast(bytes, self.fs.cat_file(self.path(name)))
+            return self.patiently(name, whole)
         except OSError as error:
             raise StoreUnavailable(f"{self.path(name)}: cannot be read: {error}") from None
 
     def size(self, name: str) -> int:
         """The object's size in bytes."""
-        return cast(int, self.fs.size(self.path(name)))
+        return cast(int, self.patiently(name, lambda: self.fs.size(self.path(name))))
 
     def names(self, folder: str) -> list[str]:
         """Names of the committed objects directly in a folder, sorted; empty where there is no folder."""
         try:
-            found = self.fs.ls(self.path(folder), detail=False, refresh=True)
+            found = self.patiently(folder, lambda: self.fs.ls(self.path(folder), detail=False, refresh=True))
         except FileNotFoundError:
             return []
         return sorted(name for name in (p.rsplit("/", 1)[-1] for p in found) if not name.startswith(".tmp-"))
 
     def remove(self, name: str) -> None:
         """Removes an object or a whole folder, if it is there."""
-        if self.fs.exists(self.path(name)):
-            self.fs.rm(self.path(name), recursive=True)
+        if self.exists(name):
+            self.patiently(name, lambda: self.fs.rm(self.path(name), recursive=True))
 
     def write(self, name: str, data: bytes) -> None:
         """Commits the object as a whole, in place of any earlier one.
@@ -70,11 +110,18 @@ class Store:
             if self.local:
                 _write_local(Path(target), data)
             else:
-                self.fs.pipe_file(target, data)
+                self.patiently(name, lambda: self.fs.pipe_file(target, data))
         except OSError as error:
             raise StoreUnavailable(
                 f"{target}: cannot be written: {error.strerror or error}; check that `store` ({self.url}) is writable"
             ) from None
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether another attempt may succeed where this error came."""
+    if isinstance(error, LASTING):
+        return False
+    return isinstance(error, OSError | EOFError) or type(error).__module__.partition(".")[0] in TRANSPORTS
 
 
 def _write_local(target: Path, data: bytes) -> None:

@@ -6,12 +6,14 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+import pipeline.store
 from pipeline.shards import fold_manifest, read_manifest, read_shard, uncommitted, write_shard
 from pipeline.stage import Stage, run_stage, status
 from pipeline.store import Store
 from schemas.artifacts import ArtifactRef
 from schemas.errors import ArtifactDrift, ArtifactMissing, ShardCorrupt, StoreUnavailable
 from schemas.tables import SAMPLES
+from tests.flaky import FlakyFileSystem
 
 REF = ArtifactRef("prepare", "x", 1)
 GOLDEN = Path("tests/golden/shard.parquet")
@@ -152,3 +154,61 @@ def test_corrupt_and_foreign_shards_are_refused_by_name(store: Store) -> None:
     write_shard(store, REF, SAMPLES, 0, columns(1), "f")
     with pytest.raises(ShardCorrupt, match="expected 2 rows, got 1"):
         read_shard(store, REF, SAMPLES, info)
+
+
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """No waiting; the waits that there would have been."""
+    waits: list[float] = []
+    monkeypatch.setattr(pipeline.store.time, "sleep", waits.append)
+    return waits
+
+
+def test_store_that_fails_now_and_then_loses_nothing(patience: list[float]) -> None:
+    FlakyFileSystem.start(rate=0.25, seed=1)
+    store = Store("flaky:///bucket")
+    for index in range(12):
+        write_shard(store, REF, SAMPLES, index, columns(index + 1), "f")
+    assert uncommitted(store, REF, 14) == [12, 13]
+    manifest = fold_manifest(store, REF, SAMPLES, 12, "f")
+    for info in read_manifest(store, REF).shards:
+        assert read_shard(store, REF, SAMPLES, info).num_rows == info.index + 1
+    assert manifest.rows == 78
+    assert {"pipe_file", "cat_file", "open", "cut open"} <= set(FlakyFileSystem.failures)
+    assert len(patience) >= 10
+    assert max(patience) <= 16
+
+
+def test_store_that_never_answers_ends_with_the_objects_name(patience: list[float]) -> None:
+    FlakyFileSystem.start(rate=1.0)
+    store = Store("flaky:///bucket")
+    with pytest.raises(StoreUnavailable, match=r"bucket/a/b: no answer from the store in 6 attempts: .*run the same"):
+        store.write("a/b", b"data")
+    with pytest.raises(StoreUnavailable, match=r"bucket/a/b: no answer"):
+        store.read("a/b")
+    assert len(patience) == 10
+    assert 0.5 + 1 + 2 + 4 + 8 <= sum(patience[:5]) <= 31
+
+
+def test_what_no_patience_changes_is_not_tried_again(patience: list[float]) -> None:
+    FlakyFileSystem.start(rate=0.0)
+    store = Store("flaky:///bucket")
+    with pytest.raises(StoreUnavailable, match="cannot be read"):
+        store.read("nothing/here")
+    assert store.names("nowhere") == []
+    write_shard(store, REF, SAMPLES, 0, columns(), "f")
+    (info,) = fold_manifest(store, REF, SAMPLES, 1, "f").shards
+    store.write(f"{REF}/{info.name}", b"not parquet, but as long as it says")
+    with pytest.raises(ShardCorrupt, match="cannot be read as Parquet"):
+        read_shard(store, REF, SAMPLES, info)
+    assert patience == []
+
+
+def test_answers_cut_short_are_asked_for_again(patience: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    FlakyFileSystem.start(rate=0.0)
+    store = Store("flaky:///bucket")
+    store.write("x", b"0123456789")
+    whole, cuts = store.fs.cat_file, iter([3, 9, 10])
+    monkeypatch.setattr(FlakyFileSystem, "cat_file", lambda self, path: whole(path)[: next(cuts)])
+    assert store.read("x") == b"0123456789"
+    assert len(patience) == 2

@@ -16,6 +16,7 @@ from safetensors.torch import load
 from transformers.models.llava.modeling_llava import LlavaModel
 
 import pipeline.capture
+import pipeline.store
 from jobs import cache, distill, prepare
 from jobs.stages import layer_plan, open_store, tapped_layers, teacher_path
 from pipeline.losses import full_kl, target_kl
@@ -31,6 +32,7 @@ from pipeline.training.loop import Worker
 from schemas.config import AlignPhase, DistillPhase, RunConfig
 from schemas.errors import ConfigInvalid
 from schemas.tables import targets_table
+from tests.flaky import FlakyFileSystem
 from tests.tolerances import BFLOAT16_RELATIVE
 
 WORKER = Worker(0, 1, torch.device("cpu"))
@@ -323,3 +325,19 @@ def test_every_kind_of_target_trains_with_float8_taps(run_of: RunOf, kind: str) 
     losses = [e["kl"] for e in curve if e["kind"] == "distill"]
     assert losses[-1] < 0.9 * losses[0]
     assert all(torch.isfinite(v).all() for v in trained.values())
+
+
+def test_cache_on_a_store_that_fails_now_and_then_has_the_same_bytes_and_trains(
+    run_of: RunOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.store.time, "sleep", lambda _: None)
+    FlakyFileSystem.start(rate=0.1)
+    here, there = run_of(), run_of(store="flaky:///runs")
+    local, remote = make_cache(here), make_cache(there)
+    for ref in (here.ref("prepare"), here.ref("cache")):
+        names = [n for n in local.names(str(ref)) if n.endswith(".parquet")]
+        assert names == [n for n in remote.names(str(ref)) if n.endswith(".parquet")]
+        assert all(local.read(f"{ref}/{n}") == remote.read(f"{ref}/{n}") for n in names)
+    mine, theirs = train(here), train(there)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert len(FlakyFileSystem.failures) >= 5
