@@ -71,11 +71,20 @@ for _name, _text in STAGES.items():
 
 
 @app.command()
-def inspect(run_file: RunFile, set_: Overrides = None, dry_run: DryRun = False) -> None:
-    """Show what is on disk of each stage of a run, with its result."""
+def inspect(
+    run_file: RunFile,
+    set_: Overrides = None,
+    dry_run: DryRun = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Check every byte and value of what is finished.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Remove what is damaged, to be made again.")] = False,
+) -> None:
+    """Show what is on disk of each stage of a run, with its result; or verify it."""
     with _readable_errors():
-        from jobs.inspect import show
+        from jobs.inspect import show, verify_run
 
+        if verify or repair:
+            verify_run(_load(run_file, set_), out, repair=repair and not dry_run)
+            return
         show(_load(run_file, set_), out, details=not dry_run)
 
 

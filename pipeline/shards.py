@@ -146,7 +146,10 @@ def uncommitted(store: Store, ref: ArtifactRef, count: int) -> list[int]:
 
 
 def fold_manifest(store: Store, ref: ArtifactRef, table: Table, count: int, fingerprint: str) -> Manifest:
-    """Reads the footers of all ``count`` shards, checks that they belong together, and commits the manifest."""
+    """Reads the footers of all ``count`` shards, checks that they belong together, and commits the manifest.
+
+    Every shard is read once more for its digest: what cannot be read back is found now.
+    """
     shards = []
     for index in range(count):
         name = shard_name(index)
@@ -163,11 +166,17 @@ def fold_manifest(store: Store, ref: ArtifactRef, table: Table, count: int, fing
                 rows=int(footer["rows"]),
                 bytes=store.size(f"{ref}/{name}"),
                 checksum=footer["checksum"],
+                digest=file_digest(store, f"{ref}/{name}"),
             )
         )
     manifest = Manifest(table=table.name, version=table.version, fingerprint=fingerprint, shards=tuple(shards))
     store.write(f"{ref}/{MANIFEST}", (manifest.model_dump_json(indent=1) + "\n").encode())
     return manifest
+
+
+def file_digest(store: Store, name: str) -> str:
+    """SHA-256 of an object, 32 hexadecimal digits."""
+    return hashlib.sha256(store.read(name)).hexdigest()[:32]
 
 
 def read_manifest(store: Store, ref: ArtifactRef) -> Manifest:

@@ -10,10 +10,12 @@ from typing import Any, Literal
 
 import pydantic
 
+from pipeline.shards import file_digest
 from pipeline.store import Store
-from schemas.artifacts import ArtifactRecord, ArtifactRef
+from schemas.artifacts import RECORD, ArtifactRecord, ArtifactRef
 from schemas.canonical import canonical_json, differences, digest
 from schemas.errors import ArtifactDrift, ArtifactMissing, ShardCorrupt
+from schemas.manifest import is_shard
 
 Status = Literal["done", "partial", "new"]
 VERSIONED = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "numpy")
@@ -38,10 +40,14 @@ def read_record(store: Store, ref: ArtifactRef) -> ArtifactRecord | None:
     """The artifact's record, or None while it is unfinished."""
     if not store.exists(ref.record_path):
         return None
+    where = store.path(ref.record_path)
     try:
-        return ArtifactRecord.model_validate_json(store.read(ref.record_path))
+        record = ArtifactRecord.model_validate_json(store.read(ref.record_path))
     except pydantic.ValidationError as error:
-        raise ShardCorrupt(f"{store.path(ref.record_path)}: is not a record: {error}") from None
+        raise ShardCorrupt(f"{where}: is not a record: {error}") from None
+    if record.seal != record.sealed().seal:
+        raise ShardCorrupt(f"{where}: was altered after it was written; remove it and run `decant {ref.kind} RUN.yaml`")
+    return record
 
 
 def require(store: Store, ref: ArtifactRef) -> ArtifactRecord:
@@ -100,9 +106,21 @@ def run_stage(store: Store, stage: Stage) -> tuple[ArtifactRecord, bool]:
         result=result,
         provenance={**provenance(), "started": round(started, 3), "seconds": round(time.time() - started, 3)},
         config=stage.config,
-    )
-    store.write(stage.ref.record_path, (record.model_dump_json(indent=1) + "\n").encode())
+        files=file_digests(store, stage.ref),
+    ).sealed()
+    store.write(stage.ref.record_path, record_bytes(record))
     return record, True
+
+
+def record_bytes(record: ArtifactRecord) -> bytes:
+    """The record as it is written."""
+    return (record.model_dump_json(indent=1) + "\n").encode()
+
+
+def file_digests(store: Store, ref: ArtifactRef) -> dict[str, str]:
+    """SHA-256, 32 hexadecimal digits, of the artifact's files beside record and shards."""
+    names = [n for n in store.names(str(ref)) if n != RECORD and not is_shard(n) and store.is_file(f"{ref}/{n}")]
+    return {name: file_digest(store, f"{ref}/{name}") for name in names}
 
 
 def provenance() -> dict[str, Any]:

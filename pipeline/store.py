@@ -68,6 +68,10 @@ class Store:
         """Whether the object has been committed."""
         return cast(bool, self.patiently(name, lambda: self.fs.exists(self.path(name))))
 
+    def is_file(self, name: str) -> bool:
+        """Whether the name is an object's and no folder's."""
+        return cast(bool, self.patiently(name, lambda: self.fs.isfile(self.path(name))))
+
     def read(self, name: str) -> bytes:
         """The object's bytes, all of them."""
 

@@ -5,6 +5,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from schemas.canonical import digest
+
 # Written last: an artifact without it is unfinished and no stage reads it.
 RECORD = "record.json"
 # Written first: what the artifact will be, so that a resumed stage can tell a drift before any work.
@@ -37,7 +39,9 @@ class ArtifactRecord(BaseModel):
     """The finished artifact: identity and fingerprint, result, and how it came about.
 
     ``identity`` holds settings and the inputs' fingerprints; ``fingerprint`` is its digest. ``provenance`` (versions,
-    hardware, times) and ``config`` (the resolved run) describe the run and are not part of the identity.
+    hardware, times) and ``config`` (the resolved run) describe the run and are not part of the identity. ``files`` are
+    the SHA-256 of everything beside the record but shards, which the manifest among them has; ``seal`` that of the rest
+    of the record.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,3 +52,9 @@ class ArtifactRecord(BaseModel):
     result: dict[str, Any]
     provenance: dict[str, Any]
     config: dict[str, Any]
+    files: dict[str, str]
+    seal: str = ""
+
+    def sealed(self) -> "ArtifactRecord":
+        """The record with the seal that its values have."""
+        return self.model_copy(update={"seal": digest(self.model_dump(exclude={"seal"}))})

@@ -8,7 +8,7 @@ MANIFEST = "manifest.json"
 
 
 class ShardInfo(BaseModel):
-    """One committed shard: a Parquet file that is one unit of work."""
+    """One committed shard: ``checksum`` is over its values, ``digest`` the SHA-256 of the file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -17,6 +17,7 @@ class ShardInfo(BaseModel):
     rows: int
     bytes: int
     checksum: str
+    digest: str
 
 
 class Manifest(BaseModel):
@@ -43,6 +44,11 @@ class Manifest(BaseModel):
 def shard_name(index: int) -> str:
     """The file name of a shard."""
     return f"shard-{index:06d}.parquet"
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file name is a shard's."""
+    return name.startswith("shard-") and name.endswith(".parquet")
 
 
 def missing_shards(count: int, present: Sequence[str]) -> list[int]:

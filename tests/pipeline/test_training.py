@@ -54,7 +54,7 @@ def make_cache(run: RunConfig) -> Store:
         fold_manifest(store, job.targets, targets_table(job.config, job.tapped), count, fingerprint)
         return {}
 
-    run_stage(store, Stage(planned.ref, planned.inputs, planned.settings, work))
+    run_stage(store, Stage(planned.ref, planned.inputs, planned.settings, work, planned.config))
     return store
 
 
