@@ -14,7 +14,7 @@ from pipeline.data.collate import image_token_of, pad_id_of, pad_tokens, target_
 from pipeline.data.encoding import EncodedSample
 from pipeline.models import body, decoder, head, load_model, load_processor, pick_device
 from pipeline.taps import is_tapped, recorded
-from pipeline.targets import capture, encode, entropy, uniforms
+from pipeline.targets import encode, entropy, extract, uniforms
 from schemas.config import CacheConfig, Device
 from schemas.tables import targets_table
 
@@ -92,7 +92,7 @@ class Teacher:
             lse = logits.logsumexp(-1)
             gold_logit = logits.gather(1, gold[at : at + HEAD_CHUNK, None])[:, 0]
             stats = (lse, gold_logit - lse, entropy(logits, config.temperature))
-            parts.append((*stats, *capture(config, logits, hidden, chance)))
+            parts.append((*stats, *extract(config, logits, hidden, chance)))
         all_lse, all_gold, all_entropy, *kept = (torch.cat(p).cpu() for p in zip(*parts, strict=True))
         return {
             "sample_id": sample.sample_id,

@@ -93,7 +93,7 @@ def top(logits_PV: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
     return ids, logprobs
 
 
-def capture(config: TargetsConfig, logits_PV: Tensor, hidden_PD: Tensor, uniforms_PN: Tensor | None) -> list[Tensor]:
+def extract(config: TargetsConfig, logits_PV: Tensor, hidden_PD: Tensor, uniforms_PN: Tensor | None) -> list[Tensor]:
     """What is kept of some positions, still on the device; ``encode`` takes it for all positions of a sample."""
     if config.kind == "sampled":
         assert uniforms_PN is not None
@@ -104,7 +104,7 @@ def capture(config: TargetsConfig, logits_PV: Tensor, hidden_PD: Tensor, uniform
 
 
 def encode(config: TargetsConfig, kept: Sequence[Tensor], vocabulary: int) -> dict[str, object]:
-    """The columns of one sample, of what ``capture`` kept."""
+    """The columns of one sample, of what ``extract`` kept."""
     if config.kind == "sampled":
         return encode_draws(kept[0].cpu().numpy(), vocabulary)
     if config.kind == "top_k":

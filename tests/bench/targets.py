@@ -23,7 +23,7 @@ from pipeline.models import body, head, load_model, load_processor
 from pipeline.ops.opset import TORCH
 from pipeline.student import build_student
 from pipeline.surgery import trainable_names
-from pipeline.targets import SparseTargets, Targets, TopTargets, capture, decode, encode, entropy, uniforms
+from pipeline.targets import SparseTargets, Targets, TopTargets, decode, encode, entropy, extract, uniforms
 from schemas.config import FinalHiddenTargets, Positions, SampledTargets, TargetsConfig, TopKTargets
 from schemas.layers import LayerPlan
 
@@ -64,7 +64,7 @@ class Chosen:
         chance = np.concatenate(
             [uniforms(s.sample_id, 0, len(s.input_ids), 50)[p] for s, p in zip(self.samples, self.places, strict=True)]
         )
-        kept = capture(config, logits, hidden, torch.from_numpy(chance))
+        kept = extract(config, logits, hidden, torch.from_numpy(chance))
         row = {**encode(config, kept, logits.shape[1]), "positions": len(logits)}
         size = sum(len(v) for k, v in row.items() if isinstance(v, bytes))
         row["entropy"] = entropy(logits, config.temperature).numpy().astype("<f2").tobytes()

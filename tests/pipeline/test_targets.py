@@ -6,7 +6,7 @@ from pipeline.activations import decode_activation, encode_activation
 from pipeline.data.collate import target_positions
 from pipeline.losses import full_kl, gold_cross_entropy, layer_loss, sampled_kl, target_kl
 from pipeline.taps import is_tapped
-from pipeline.targets import SparseTargets, Targets, capture, decode, draw, encode, encode_draws, entropy, uniforms
+from pipeline.targets import SparseTargets, Targets, decode, draw, encode, encode_draws, entropy, extract, uniforms
 from schemas.config import FinalHiddenTargets, SampledTargets, TargetsConfig, TopKTargets
 from tests.tolerances import BFLOAT16_RELATIVE, FLOAT16_LOGPROB, FP8_NORM, FP8_RELATIVE, SIGMAS
 
@@ -158,7 +158,7 @@ def test_top_k_keeps_the_most_probable_tokens_unnormalised(vocabulary: int) -> N
 
 def roundtrip(config: TargetsConfig, z: torch.Tensor, hidden: torch.Tensor | None = None) -> Targets:
     """Targets of the same positions twice, as two rows of the table."""
-    kept = capture(config, z, torch.zeros(len(z), 4) if hidden is None else hidden, None)
+    kept = extract(config, z, torch.zeros(len(z), 4) if hidden is None else hidden, None)
     row = {**encode(config, kept, z.shape[1]), "positions": len(z)}
     return decode(config, [row, row])
 
