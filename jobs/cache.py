@@ -20,6 +20,7 @@ from jobs.stages import layer_plan, open_store, resolved, tapped_layers, teacher
 from pipeline.capture import PreparedSample, Teacher
 from pipeline.data.collate import pixel_values
 from pipeline.data.samples import decode_samples
+from pipeline.folders import text_config
 from pipeline.models import load_processor
 from pipeline.shards import column_bytes, fold_manifest, read_manifest, read_shard, uncommitted, write_shard
 from pipeline.stage import Stage, require
@@ -27,6 +28,7 @@ from pipeline.store import Store
 from pipeline.student import check_plan
 from schemas.artifacts import ArtifactRef
 from schemas.config import CacheConfig, CachePlacement, Device, RunConfig
+from schemas.errors import ConfigInvalid
 from schemas.tables import SAMPLES, targets_table
 
 # CPUs of one decoding task; not the teacher's, or Ray would fuse the two operators.
@@ -55,6 +57,13 @@ def stage(run: RunConfig) -> Stage:
     """The stage of this run. Identity: the targets' settings, the tapped layers and the teacher."""
     config, tapped = run.cache, tapped_layers(run)
     check_plan(teacher_path(run), layer_plan(run))
+    text = text_config(run.teacher.path)
+    rotary = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if config.taps.targets == "recompute" and "mrope_section" in rotary:
+        raise ConfigInvalid(
+            "cache.taps.targets: `recompute` needs positions that follow from a token's place; this teacher's (3-D) "
+            "come from its images: use `stored`"
+        )
     settings = {
         "targets": config.targets.model_dump(),
         "positions": config.positions,

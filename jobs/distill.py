@@ -17,13 +17,14 @@ from cluster.placement import check_fits
 from cluster.session import session
 from jobs.progress import Progress
 from jobs.stages import layer_plan, open_store, resolved, tapped_layers, teacher_digests, teacher_path
-from pipeline.models import load_processor, pick_device
+from pipeline.models import decoder, load_processor, pick_device
 from pipeline.ops.backends import resolve
 from pipeline.stage import Stage
 from pipeline.store import Store
 from pipeline.student import build_student, check_plan, record_of, trained_bytes
 from pipeline.training.batches import CachedBatches
 from pipeline.training.loop import Report, Saving, Training, Worker
+from pipeline.training.recompute import TeacherLayers
 from schemas.config import RunConfig
 from schemas.errors import ConfigInvalid
 from schemas.layers import LayerPlan
@@ -189,9 +190,10 @@ def train_student(job: DistillJob, worker: Worker, report: Report, say: Callable
     store, ref = Store(job.store), run.ref("distill")
     dtype = getattr(torch, run.distill.dtype)
     ops = resolve(run.placement.backend, worker.device)
+    replaced: dict[int, torch.nn.Module] = {}
     say(f"the mixers are computed by {ops.backend} ({ops.why})")
     model = build_student(
-        job.teacher, job.plan, run.student.init, run.distill.seed, dtype, worker.device, ops, job.digests
+        job.teacher, job.plan, run.student.init, run.distill.seed, dtype, worker.device, ops, job.digests, replaced
     )
     batches = CachedBatches(
         store,
@@ -210,6 +212,7 @@ def train_student(job: DistillJob, worker: Worker, report: Report, say: Callable
         run.student,
         worker,
         Saving(store, ref, job.fingerprint),
+        TeacherLayers(replaced, decoder(model)) if run.cache.taps.targets == "recompute" else None,
     )
     state = training.run(report)
     if worker.rank == 0:

@@ -73,7 +73,8 @@ class Teacher:
                 tokens = len(prepared.sample.input_ids)
                 for layer, (value_in, value_out) in found.items():
                     row |= encode_activation(f"tap_{layer}_input", value_in[i, :tokens], self.config.taps.dtype)
-                    row |= encode_activation(f"tap_{layer}_output", value_out[i, :tokens], self.config.taps.dtype)
+                    if self.config.taps.targets == "stored":
+                        row |= encode_activation(f"tap_{layer}_output", value_out[i, :tokens], self.config.taps.dtype)
             rows.append(row)
         return rows
 

@@ -43,14 +43,17 @@ def build_student(
     device: torch.device,
     ops: OpSet,
     digests: Mapping[str, str] | None = None,
+    replaced: dict[int, nn.Module] | None = None,
 ) -> PreTrainedModel:
     """The teacher's model with initialised mixers in the planned layers; nothing requires a gradient yet.
 
-    ``digests`` are the teacher folder's, where the caller has them already.
+    ``digests`` are the teacher folder's, where the caller has them already; ``replaced`` gets the attention modules.
     """
     model = load_model(teacher, dtype, device)
     generator = torch.Generator().manual_seed(seed)
     for index, attention in replace_layers(model, plan, bias=has_bias(init), ops=ops).items():
+        if replaced is not None:
+            replaced[index] = attention
         initialise(mixers(model)[index], attention, init, generator)
     mark(model, ops.backend, dict(digests or folder_digests(teacher)))
     return model.requires_grad_(False)

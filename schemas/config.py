@@ -81,11 +81,15 @@ TargetsConfig = Annotated[SampledTargets | TopKTargets | FinalHiddenTargets, Fie
 
 
 class TapsConfig(Section):
-    """Inputs and outputs of attention layers, kept for a fraction of the samples (chosen by ``sample_id``)."""
+    """Inputs and outputs of attention layers, kept for a fraction of the samples (chosen by ``sample_id``).
+
+    With ``targets: recompute`` only the inputs are kept, and training runs the replaced attention for the outputs.
+    """
 
     layers: Literal["replaced", "all"] | tuple[int, ...] = "replaced"
     fraction: float = Field(0.25, ge=0, le=1)
     dtype: ActivationType = "bfloat16"
+    targets: Literal["stored", "recompute"] = "stored"
 
 
 class CacheConfig(StageSection):

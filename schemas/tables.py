@@ -10,7 +10,7 @@ from typing import Literal
 
 import pyarrow as pa
 
-from schemas.config import ActivationType, CacheConfig, TargetsConfig
+from schemas.config import CacheConfig, TapsConfig, TargetsConfig
 from schemas.errors import ShardCorrupt
 
 # Compression takes a fifth off activations and most of the speed of reading them.
@@ -80,13 +80,14 @@ REJECTS = Table(
 )
 
 
-def tap_columns(layer: int, dtype: ActivationType) -> tuple[Column, ...]:
+def tap_columns(layer: int, taps: TapsConfig) -> tuple[Column, ...]:
     """The columns of one tapped layer."""
     columns = []
-    for part, meaning in (("input", "the mixer's input"), ("output", "the attention output")):
-        name = f"tap_{layer}_{part}"
-        columns.append(Column(name, pa.large_binary(), f"{dtype}[tokens, hidden]: {meaning}", True, ACTIVATIONS))
-        if dtype == "fp8_e4m3":
+    parts = {"input": "the mixer's input", "output": "the attention output"}
+    for part in ["input"] if taps.targets == "recompute" else parts:
+        name, doc = f"tap_{layer}_{part}", f"{taps.dtype}[tokens, hidden]: {parts[part]}"
+        columns.append(Column(name, pa.large_binary(), doc, True, ACTIVATIONS))
+        if taps.dtype == "fp8_e4m3":
             columns.append(Column(f"{name}_scale", pa.large_binary(), "float32[tokens]: what to multiply by", True))
     return tuple(columns)
 
@@ -125,5 +126,5 @@ def targets_table(cache: CacheConfig, tapped: Sequence[int]) -> Table:
         Column("gold_logprob", pa.large_binary(), "float16[positions]: log-probability of the token that follows"),
         Column("entropy", pa.large_binary(), "float16[positions]: entropy at the capture temperature, nats"),
     )
-    taps = tuple(c for layer in tapped for c in tap_columns(layer, cache.taps.dtype))
+    taps = tuple(c for layer in tapped for c in tap_columns(layer, cache.taps))
     return Table("targets", 2, columns + taps)

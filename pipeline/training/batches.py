@@ -37,9 +37,9 @@ MEMORY_BYTES = 2 * 2**30
 
 @dataclass(frozen=True)
 class TapBatch:
-    """Inputs and outputs by layer, each [B, L, D], and the mask [B, L] of real tokens."""
+    """Inputs and outputs (None: to be recomputed) by layer, each [B, L, D], and the mask [B, L] of real tokens."""
 
-    layers: dict[int, tuple[Activation, Activation]]
+    layers: dict[int, tuple[Activation, Activation | None]]
     mask: Tensor
 
 
@@ -68,7 +68,8 @@ class Batch:
             return None if t is None else t.to(device, non_blocking=True)
 
         taps = self.taps and TapBatch(
-            {k: (a.to(device), b.to(device)) for k, (a, b) in self.taps.layers.items()}, self.taps.mask.to(device)
+            {k: (u.to(device), a and a.to(device)) for k, (u, a) in self.taps.layers.items()},
+            self.taps.mask.to(device),
         )
         return replace(
             self,
@@ -135,7 +136,7 @@ class CachedBatches:
         self.processor = processor
         self.pad_id = pad_id_of(getattr(processor, "tokenizer", processor))
         self.image_token_id = image_token_of(processor)
-        self.tap_names = [c.name for layer in layers for c in tap_columns(layer, cache.taps.dtype)]
+        self.tap_names = [c.name for layer in layers for c in tap_columns(layer, cache.taps)]
         self.target_names = [c.name for c in targets_table(cache, ()).columns if c.name not in UNREAD]
         self._shards: OrderedDict[tuple[str, int], tuple[list[Row], int]] = OrderedDict()
         self._held = 0
@@ -167,13 +168,13 @@ class CachedBatches:
             return replace(base, taps=taps)
         return replace(base, taps=taps, **self._model_part(mine))
 
-    def first_taps(self, count: int) -> list[dict[int, tuple[Tensor, Tensor]]]:
-        """Taps of the first ``count`` tapped rows by layer, each [L, D]; the same on every worker."""
-        found: list[dict[int, tuple[Tensor, Tensor]]] = []
+    def first_taps(self, count: int) -> list[dict[int, tuple[Tensor, Tensor | None]]]:
+        """Taps of the first ``count`` tapped rows by layer, each [L, D] in float32; the same on every worker."""
+        found: list[dict[int, tuple[Tensor, Tensor | None]]] = []
         for shard, flags in enumerate(self.index.tapped):
             for row in np.flatnonzero(flags)[: count - len(found)]:
                 taps = self._tap_row(shard, int(row))
-                found.append({layer: (u.wide(), a.wide()) for layer, (u, a) in taps.items()})
+                found.append({layer: (u.wide(), a.wide() if a else None) for layer, (u, a) in taps.items()})
             if len(found) == count:
                 break
         return found
@@ -184,20 +185,22 @@ class CachedBatches:
         if not rows:
             return None
         lengths = torch.tensor([next(iter(r.values()))[0].values.shape[0] for r in rows])
-        layers = {n: (pad([r[n][0] for r in rows]), pad([r[n][1] for r in rows])) for n in self.layers}
+        layers = {}
+        for n in self.layers:
+            outputs = [a for r in rows if (a := r[n][1]) is not None]
+            layers[n] = (pad([r[n][0] for r in rows]), pad(outputs) if outputs else None)
         return TapBatch(layers, torch.arange(int(lengths.max()))[None] < lengths[:, None])
 
-    def _tap_row(self, shard: int, row: int) -> dict[int, tuple[Activation, Activation]]:
+    def _tap_row(self, shard: int, row: int) -> dict[int, tuple[Activation, Activation | None]]:
         data = self._rows("taps", shard)[row]
         tokens = int(self.index.tokens[shard][row])
-        dtype = self.cache.taps.dtype
-        return {
-            layer: (
-                decode_activation(f"tap_{layer}_input", data, tokens, dtype),
-                decode_activation(f"tap_{layer}_output", data, tokens, dtype),
-            )
-            for layer in self.layers
-        }
+        taps = self.cache.taps
+
+        def part(name: str) -> Activation:
+            return decode_activation(name, data, tokens, taps.dtype)
+
+        stored = taps.targets == "stored"
+        return {n: (part(f"tap_{n}_input"), part(f"tap_{n}_output") if stored else None) for n in self.layers}
 
     def _model_part(self, items: np.ndarray) -> dict[str, Any]:
         samples = [self._rows("samples", int(s))[r] for s, r in items]

@@ -27,6 +27,7 @@ from pipeline.training.checkpoint import (
     save_checkpoint,
 )
 from pipeline.training.objective import DistillObjective, LayerObjective
+from pipeline.training.recompute import TeacherLayers
 from pipeline.training.schedule import learning_rate
 from schemas.artifacts import ArtifactRef
 from schemas.config import AlignPhase, DistillConfig, DistillPhase, StudentConfig
@@ -87,8 +88,10 @@ class Training:
         student: StudentConfig,
         worker: Worker,
         saving: Saving,
+        teacher: TeacherLayers | None = None,
     ) -> None:
-        self.model, self.batches, self.config = model, batches, config
+        """``teacher`` gives the layers' targets where the cache holds inputs alone."""
+        self.model, self.batches, self.config, self.teacher = model, batches, config, teacher
         self.temperature, self.worker, self.saving = temperature, worker, saving
         self.parameters = dict(model.named_parameters())
         self.trainable = trainable_names(model, student.train)
@@ -104,13 +107,20 @@ class Training:
         taps = self.batches.first_taps(CALIBRATION_SAMPLES) if self.batches.layers else []
         power = {}
         for index, mixer in mixers(self.model).items():
-            pairs = [(t[index][0], t[index][1]) for t in taps if index in t]
-            dtype = mixer.out_proj.weight.dtype
+            pairs = [self._pair(index, *tap[index]) for tap in taps if index in tap]
             if pairs and matches:
-                match_gain(mixer, [(a.to(self.worker.device, dtype), b.to(self.worker.device)) for a, b in pairs])
-            norms = torch.cat([b.float().square().sum(-1) for _, b in pairs]) if pairs else torch.ones(1)
+                match_gain(mixer, [(u.to(mixer.out_proj.weight.dtype), a) for u, a in pairs])
+            norms = torch.cat([a.square().sum(-1) for _, a in pairs]) if pairs else torch.ones(1)
             power[index] = float(norms.mean())
         return power
+
+    def _pair(self, layer: int, u_LD: Tensor, a_LD: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A layer's input and target on the worker's device, in float32."""
+        u_LD = u_LD.to(self.worker.device)
+        if a_LD is None:
+            assert self.teacher is not None, "a cache without outputs needs the teacher's layers"
+            a_LD = self.teacher.output(layer, u_LD[None])[0].float()
+        return u_LD, a_LD.to(self.worker.device)
 
     def trained(self) -> dict[str, Tensor]:
         """A copy of the trainable parameters, by name."""
@@ -169,7 +179,7 @@ class Training:
     def _objective(self, phase: AlignPhase | DistillPhase) -> nn.Module:
         """The phase's objective; exactly its parameters require gradients afterwards."""
         found = mixers(self.model)
-        layer = LayerObjective(found, self.config.layer_loss, self.power)
+        layer = LayerObjective(found, self.config.layer_loss, self.power, self.teacher)
         self.model.requires_grad_(False).eval()  # frozen modules have no dropout
         if phase.kind == "align":
             return layer.requires_grad_(True)

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from pipeline.losses import gold_cross_entropy, layer_loss, target_kl
 from pipeline.mixer import Mamba2Mixer
 from pipeline.models import body, head
-from pipeline.training.batches import Batch
+from pipeline.training.batches import Batch, TapBatch
+from pipeline.training.recompute import TeacherLayers
 from schemas.config import LossWeights
 
 Metrics = dict[str, Tensor]
@@ -19,9 +20,14 @@ class LayerObjective(nn.Module):
     """The teacher-forced layer loss: each mixer on the teacher's input, against the attention's output."""
 
     def __init__(
-        self, mixers: dict[int, Mamba2Mixer], kind: Literal["mse", "frobenius"], power: dict[int, float]
+        self,
+        mixers: dict[int, Mamba2Mixer],
+        kind: Literal["mse", "frobenius"],
+        power: dict[int, float],
+        teacher: TeacherLayers | None,
     ) -> None:
         super().__init__()
+        self.teacher = teacher
         self.mixers = nn.ModuleDict({str(i): m for i, m in mixers.items()})
         self.kind: Literal["mse", "frobenius"] = kind
         self.power = power
@@ -34,9 +40,14 @@ class LayerObjective(nn.Module):
         for name, mixer in self.mixers.items():
             value_in, value_out = batch.taps.layers[int(name)]
             output, _ = mixer(value_in.wide(next(mixer.parameters()).dtype))
-            value = layer_loss(output, value_out.wide(), batch.taps.mask, self.kind, self.power[int(name)])
+            target = value_out.wide() if value_out else self._recomputed(int(name), batch.taps)
+            value = layer_loss(output, target, batch.taps.mask, self.kind, self.power[int(name)])
             metrics[f"layer_{name}"] = value / count
         return torch.stack(list(metrics.values())).sum(), metrics
+
+    def _recomputed(self, layer: int, taps: TapBatch) -> Tensor:
+        assert self.teacher is not None, "a cache without outputs needs the teacher's layers"
+        return self.teacher.output(layer, taps.layers[layer][0].wide(), taps.mask).float()
 
 
 class DistillObjective(nn.Module):

@@ -19,21 +19,25 @@ import pipeline.capture
 import pipeline.store
 from jobs import cache, distill, prepare
 from jobs.stages import layer_plan, open_store, tapped_layers, teacher_path
+from pipeline.data.collate import pad_tokens
 from pipeline.losses import full_kl, target_kl
 from pipeline.mixer import Mamba2Mixer
-from pipeline.models import body, head, load_model, load_processor
+from pipeline.models import body, decoder, head, load_model, load_processor
 from pipeline.ops.opset import TORCH
-from pipeline.shards import fold_manifest, read_manifest, uncommitted
+from pipeline.shards import column_bytes, fold_manifest, read_manifest, uncommitted
 from pipeline.stage import Stage, run_stage
 from pipeline.store import Store
 from pipeline.student import build_student
+from pipeline.taps import recorded
 from pipeline.training.batches import CachedBatches
 from pipeline.training.loop import Worker
+from pipeline.training.recompute import TeacherLayers
 from schemas.config import AlignPhase, DistillPhase, RunConfig
 from schemas.errors import ConfigInvalid
 from schemas.tables import targets_table
+from tests.decoders import FAMILIES, build, tokens
 from tests.flaky import FlakyFileSystem
-from tests.tolerances import BFLOAT16_RELATIVE
+from tests.tolerances import BFLOAT16_RELATIVE, FLOAT32_LOGITS
 
 WORKER = Worker(0, 1, torch.device("cpu"))
 RunOf = Callable[..., RunConfig]
@@ -198,7 +202,9 @@ def test_sigkilled_training_process_resumes_to_identical_weights_and_curve(run_o
     code = f"""
 import time, torch
 from jobs import distill
+from pipeline.taps import recorded
 from pipeline.training.loop import Worker
+from pipeline.training.recompute import TeacherLayers
 from schemas.config import RunConfig
 run = RunConfig.model_validate_json(open({str(tmp_path / "run.json")!r}).read())
 job = distill.distill_job(run, "f" * 32)
@@ -343,3 +349,44 @@ def test_cache_on_a_store_that_fails_now_and_then_has_the_same_bytes_and_trains(
     mine, theirs = train(here), train(there)
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     assert len(FlakyFileSystem.failures) >= 5
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "qwen2.5-vl"])
+@torch.no_grad()
+def test_recomputed_outputs_are_the_teachers(family: str) -> None:
+    """A right-padded batch through the whole teacher, and each layer's attention alone on its input."""
+    model, rows = build(family), tokens(5, 11, 2)
+    ids, mask = pad_tokens([r.numpy() for r in rows], 0)
+    layers: Any = decoder(model).layers
+    with recorded(layers, (0, 3)) as taps:
+        body(model)(input_ids=ids, attention_mask=mask, use_cache=False)
+    again = TeacherLayers({i: layers[i].self_attn for i in (0, 3)}, decoder(model))
+    for layer, (value_in, value_out) in taps.items():
+        found = again.output(layer, value_in, mask)
+        torch.testing.assert_close(found[mask == 1], value_out[mask == 1], rtol=FLOAT32_LOGITS, atol=FLOAT32_LOGITS)
+        alone = again.output(layer, value_in[1:2])
+        torch.testing.assert_close(alone, value_out[1:2], rtol=FLOAT32_LOGITS, atol=FLOAT32_LOGITS)
+
+
+def test_recomputed_targets_halve_the_taps_and_train_as_stored_ones(run_of: RunOf) -> None:
+    phases = [{"kind": "align", "steps": 10, "batch": 8, "lr": 2e-3}]
+    losses, sizes = [], []
+    for kind in ("stored", "recompute"):
+        taps = {"fraction": 1.0, "targets": kind}
+        own = {"artifact": f"{kind}@1"}
+        run = run_of(cache={"taps": taps, **own}, distill={"phases": phases, "clip": 10.0, **own})
+        store = make_cache(run)
+        columns = column_bytes(store, run.ref("cache"), read_manifest(store, run.ref("cache")))
+        sizes.append({name: size for name, size in columns.items() if name.startswith("tap_")})
+        curve: list[dict[str, Any]] = []
+        train(run, curve.append)
+        losses.append([entry["loss"] for entry in curve])
+    assert sizes[1] == {"tap_0_input": sizes[0]["tap_0_output"]}
+    # the stored output is the attention's on the exact input, rounded to bfloat16; the other on the rounded input
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_recomputing_is_refused_where_positions_come_from_images(run_of: RunOf, tmp_path: Path) -> None:
+    build("qwen2.5-vl").save_pretrained(tmp_path / "qwen")
+    with pytest.raises(ConfigInvalid, match=r"cache\.taps\.targets: `recompute`.*use `stored`"):
+        cache.stage(run_of(teacher={"path": str(tmp_path / "qwen")}, cache={"taps": {"targets": "recompute"}}))
