@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -131,3 +132,16 @@ def test_repair_leaves_just_the_damaged_shard_to_be_made_again(run: RunConfig) -
             assert path.read_bytes() == data
             assert (path.stat().st_mtime_ns == times[path]) == (path != victim)
     verify_run(run, QUIET, repair=False)
+
+
+def test_other_readers_see_plain_types(run: RunConfig) -> None:
+    shard = Store(run.store).path(f"{run.ref('cache')}/shard-000000.parquet")
+    plain = {"VARCHAR", "INTEGER", "BIGINT", "BLOB"}
+    described = duckdb.sql(f"describe select * from '{shard}'").fetchall()
+    assert {name for name, *_ in described} == set(pq.read_schema(shard).names)
+    assert {kind for _, kind, *_ in described} <= plain
+    rows = pq.read_table(shard).to_pylist()
+    found = duckdb.sql(f"select sample_id, positions, counts, tap_0_input from '{shard}'").fetchall()
+    assert found == [(r["sample_id"], r["positions"], r["counts"], r["tap_0_input"]) for r in rows]
+    total = duckdb.sql(f"select sum(octet_length(n_unique)) from '{shard}'").fetchall()
+    assert total == [(sum(r["positions"] for r in rows),)]
