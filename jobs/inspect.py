@@ -41,14 +41,16 @@ def _rows_check(store: Store, run: RunConfig, name: str, *, sound: bool) -> tupl
     """The table of a stage's shards and the check of their rows, as the artifact on disk was made."""
     if name == "prepare":
         return SAMPLES, None
-    if name != "cache" or not sound or not store.exists(run.ref("cache").record_path):
-        return None, None  # targets are compared with their samples, which must be sound themselves
+    if name != "cache" or not store.exists(run.ref("cache").record_path):
+        return None, None
     try:
         record = require(store, run.ref("cache"))
     except ShardCorrupt:
         return None, None
     config = CacheConfig.model_validate(record.config["cache"])
     table = targets_table(config, record.identity["settings"]["taps"]["layers"])
+    if not sound:  # rows are compared with their samples, which must be sound themselves
+        return table, None
     return table, targets_check(store, run.ref("prepare"), config, text_config(run.teacher.path)["vocab_size"])
 
 

@@ -66,6 +66,20 @@ def test_every_flipped_byte_is_found_and_its_object_named(run: RunConfig) -> Non
     verify_run(run, QUIET, repair=False)
 
 
+def test_damage_in_several_artifacts_is_found_in_one_go(run: RunConfig) -> None:
+    victims = [Path(run.store) / str(run.ref(kind)) / "shard-000000.parquet" for kind in ("prepare", "cache")]
+    originals = [path.read_bytes() for path in victims]
+    for path, data in zip(victims, originals, strict=True):
+        path.write_bytes(data[:100])
+    try:
+        with pytest.raises(ShardCorrupt, match="2 objects are damaged") as caught:
+            verify_run(run, QUIET, repair=False)
+        assert all(str(path) in str(caught.value) for path in victims)
+    finally:
+        for path, data in zip(victims, originals, strict=True):
+            path.write_bytes(data)
+
+
 def test_missing_and_strange_objects_are_found(run: RunConfig) -> None:
     folder = Path(run.store) / str(run.ref("cache"))
     victim, stray = folder / "shard-000001.parquet", folder / "shard-000099.parquet"
