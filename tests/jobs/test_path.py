@@ -171,7 +171,12 @@ def test_every_stage_run_twice_is_a_no_op_that_says_so(finished: RunConfig) -> N
 def test_records_hold_identity_inputs_and_provenance_without_paths(finished: RunConfig) -> None:
     found = record(finished, "cache")
     assert found["identity"]["inputs"] == {"prepare/tiny@1": record(finished, "prepare")["fingerprint"]}
-    assert found["identity"]["settings"]["taps"] == {"dtype": "bfloat16", "fraction": 0.5, "layers": [0]}
+    assert found["identity"]["settings"]["taps"] == {
+        "dtype": "bfloat16",
+        "fraction": 0.5,
+        "layers": [0],
+        "targets": "stored",
+    }
     assert found["provenance"]["seconds"] > 0
     assert finished.store not in json.dumps(found["identity"])
     assert found["result"]["samples"] == 40

@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from pipeline.losses import full_kl, target_kl
 from pipeline.mixer import Mamba2Mixer
 from pipeline.models import body, decoder, head, load_model, load_processor
 from pipeline.ops.opset import TORCH
-from pipeline.shards import column_bytes, fold_manifest, read_manifest, uncommitted
+from pipeline.shards import column_bytes, fold_manifest, read_manifest, read_shard, uncommitted
 from pipeline.stage import Stage, run_stage
 from pipeline.store import Store
 from pipeline.student import build_student
@@ -390,3 +392,28 @@ def test_recomputing_is_refused_where_positions_come_from_images(run_of: RunOf, 
     build("qwen2.5-vl").save_pretrained(tmp_path / "qwen")
     with pytest.raises(ConfigInvalid, match=r"cache\.taps\.targets: `recompute`.*use `stored`"):
         cache.stage(run_of(teacher={"path": str(tmp_path / "qwen")}, cache={"taps": {"targets": "recompute"}}))
+
+
+def test_two_writers_of_one_cache_at_the_same_time_do_no_harm(run_of: RunOf, tmp_path: Path) -> None:
+    alone, shared = run_of(), run_of(store=str(tmp_path / "shared"))
+    store, expected = open_store(shared), make_cache(alone)
+    run_stage(store, prepare.stage(shared))
+    job = cache.cache_job(shared, "f" * 32)
+    count = len(read_manifest(store, job.samples).shards)
+    start = threading.Barrier(2)
+
+    def write() -> None:
+        actor = cache.TeacherActor(job)
+        start.wait()
+        for index in range(count):
+            actor(cache.decode_shard(pa.table({"shard": [index]}), job))
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(write) for _ in range(2)]:
+            done.result()
+    manifest = fold_manifest(store, job.targets, targets_table(job.config, job.tapped), count, "f" * 32)
+    for info in manifest.shards:
+        one, two = (read_shard(s, job.targets, targets_table(job.config, job.tapped), info) for s in (store, expected))
+        assert one.equals(two)
+    left = [p.name for p in Path(store.path(str(job.targets))).iterdir()]
+    assert sorted(left) == sorted([*(s.name for s in manifest.shards), "manifest.json"])
