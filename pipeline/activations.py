@@ -32,6 +32,10 @@ class Activation:
             return self.values.to(dtype)
         return (self.values.view(torch.float8_e4m3fn).float() * self.scale[..., None]).to(dtype)
 
+    def tokens(self, chosen: slice) -> "Activation":
+        """Those of some tokens, along the first dimension."""
+        return Activation(self.values[chosen], None if self.scale is None else self.scale[chosen])
+
     def to(self, device: torch.device) -> "Activation":
         """The same on another device."""
         scale = None if self.scale is None else self.scale.to(device, non_blocking=True)

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.activations import encode_activation
-from pipeline.data.collate import image_token_of, pad_id_of, pad_tokens, target_positions
-from pipeline.data.encoding import EncodedSample
+from pipeline.data.collate import pad_id_of, pad_tokens, target_positions
+from pipeline.data.encoding import EncodedSample, image_token_of
 from pipeline.models import body, decoder, head, load_model, load_processor, pick_device
 from pipeline.taps import is_tapped, recorded
 from pipeline.targets import encode, entropy, extract, uniforms

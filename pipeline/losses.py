@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.activations import Activation
 from pipeline.targets import SparseTargets, Targets, TopTargets
 
 # Rows of logits held at once: 512 × 51,200 in float32 is 0.1 GB.
@@ -59,9 +58,7 @@ def _top_kl(head: nn.Module, hidden_PD: Tensor, targets: Any, rows: slice, tempe
 
 def _hidden_kl(head: nn.Module, hidden_PD: Tensor, targets: Any, rows: slice, temperature: float) -> Tensor:
     with torch.no_grad():
-        state = targets.hidden
-        part = Activation(state.values[rows], None if state.scale is None else state.scale[rows])
-        teacher = head(part.wide(hidden_PD.dtype)).float() / temperature
+        teacher = head(targets.hidden.tokens(rows).wide(hidden_PD.dtype)).float() / temperature
     return full_kl(teacher, head(hidden_PD).float() / temperature).sum()
 
 

@@ -76,9 +76,9 @@ class Store:
         """The object's bytes, all of them."""
 
         def whole() -> bytes:
-            data = cast(bytes, self.fs.cat_file(self.path(name)))
-            if len(data) != self.fs.size(self.path(name)):
-                raise EOFError(f"{len(data)} bytes came of {self.fs.size(self.path(name))}")
+            data, size = cast(bytes, self.fs.cat_file(self.path(name))), self.fs.size(self.path(name))
+            if len(data) != size:
+                raise EOFError(f"{len(data)} bytes came of {size}")
             return data
 
         try:

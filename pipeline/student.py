@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
 from pipeline.folders import folder_digests
+from pipeline.headers import metadata_of
 from pipeline.initialise import initialise
 from pipeline.models import build_model, decoder, head, load_model
 from pipeline.ops.backends import resolve
@@ -251,9 +252,8 @@ def apply_trained(model: PreTrainedModel, data: bytes, where: str) -> None:
 
 
 def _trained_record(data: bytes, where: str) -> HybridRecord:
-    size = int.from_bytes(data[:8], "little")
     try:
-        header = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+        header = metadata_of(data)
     except ValueError:
         raise ConfigInvalid(f"{where}: is no safetensors file") from None
     return _parse(json.loads(header.get(RECORD, "null")), where)

@@ -46,12 +46,6 @@ def target_positions(kind: Positions, spans: np.ndarray, ids: np.ndarray, image_
     return positions if kind == "all" else positions[ids[1:] != image_token_id]
 
 
-def image_token_of(processor: Any) -> int | None:
-    """The token that stands for image positions, None for a text model."""
-    found: int | None = getattr(processor, "image_token_id", None)
-    return found
-
-
 def pad_id_of(tokenizer: Any) -> int:
     """A token id for padding; any will do, since padding is masked."""
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)

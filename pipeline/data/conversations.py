@@ -62,9 +62,7 @@ def each_conversation(path: str) -> Iterator[Conversation | SampleInvalid]:
     for index, record in enumerate(_records(Path(path))):
         count += 1
         try:
-            if isinstance(record, SampleInvalid):
-                raise record
-            found: Conversation | SampleInvalid = parse(record, path, index)
+            found = record if isinstance(record, SampleInvalid) else parse(record, path, index)
         except SampleInvalid as error:
             found = error
         yield found

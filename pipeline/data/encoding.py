@@ -64,6 +64,12 @@ def decode_image(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
+def image_token_of(processor: Any) -> int | None:
+    """The token that stands for image positions, None for a text model."""
+    found: int | None = getattr(processor, "image_token_id", None)
+    return found
+
+
 class Encoder:
     """Encodes with one processor (or, for a text model, tokenizer) and its chat template."""
 
@@ -73,7 +79,7 @@ class Encoder:
         self.max_length = max_length
         if not self.tokenizer.is_fast:
             raise ConfigInvalid("teacher.path: the tokenizer has no fast version, which maps text to token spans")
-        self.image_token_id: int | None = getattr(processor, "image_token_id", None)
+        self.image_token_id = image_token_of(processor)
         self._image_tokens: dict[tuple[int, int], int] = {}
 
     def encode(self, conversation: Conversation, image: bytes | None) -> EncodedSample:

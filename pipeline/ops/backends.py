@@ -108,12 +108,7 @@ class _Kernels:
             initial_states=None if before is None else before.transpose(1, 2),
             activation="silu",
         )
-        back = weight.shape[1] - 1
-        # the state after it, and nothing else, as the reference finds it
-        if x.shape[1] > back and seq_idx is not None:
-            x, seq_idx = x[:, -back:], seq_idx[:, -back:]
-        _, after = reference.causal_conv(x[:, -back:], weight, bias, before, seq_idx)
-        return out.transpose(1, 2), after
+        return out.transpose(1, 2), reference.conv_state(x, weight.shape[1] - 1, before, seq_idx)
 
     def step(
         self, state: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor

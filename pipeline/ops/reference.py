@@ -97,19 +97,33 @@ def causal_conv(
     The state holds the last K-1 inputs of the (last) sequence; where there are fewer, and without a state, zeros.
     """
     back, length = weight_CK.shape[1] - 1, x_BLC.shape[1]
-    padded = F.pad(x_BLC, (0, 0, back, 0)) if state_BKC is None else torch.cat([state_BKC.to(x_BLC.dtype), x_BLC], 1)
-    wide, weight = _wide(padded), _wide(weight_CK)
-    sequences = None if seq_idx_BL is None else torch.cat([seq_idx_BL[:, :1].expand(-1, back), seq_idx_BL], 1)
+    wide, weight = _wide(_after(state_BKC, x_BLC, back)), _wide(weight_CK)
+    sequences = None if seq_idx_BL is None else _sequences(seq_idx_BL, back)
     out = bias_C + wide[:, back:] * weight[:, back]
     for k in range(back):
         tap = wide[:, k : k + length] * weight[:, k]
         if sequences is not None:
             tap = tap * (sequences[:, k : k + length] == sequences[:, back:])[..., None]
         out = out + tap
-    state = padded[:, length:]
-    if sequences is not None:
-        state = state * (sequences[:, length:] == sequences[:, -1:])[..., None]
-    return F.silu(out).to(x_BLC.dtype), state
+    return F.silu(out).to(x_BLC.dtype), conv_state(x_BLC, back, state_BKC, seq_idx_BL)
+
+
+def conv_state(x_BLC: Tensor, back: int, state_BKC: Tensor | None = None, seq_idx_BL: Tensor | None = None) -> Tensor:
+    """The convolution's state after its inputs alone: the last ``back`` = K-1 of them, as ``causal_conv`` gives it."""
+    state = _after(state_BKC, x_BLC[:, -back:], back)[:, -back:]
+    if seq_idx_BL is not None:
+        state = state * (_sequences(seq_idx_BL, back)[:, -back:] == seq_idx_BL[:, -1:])[..., None]
+    return state
+
+
+def _after(state_BKC: Tensor | None, x_BLC: Tensor, back: int) -> Tensor:
+    """The inputs after the state, or after as many zeros."""
+    return F.pad(x_BLC, (0, 0, back, 0)) if state_BKC is None else torch.cat([state_BKC.to(x_BLC.dtype), x_BLC], 1)
+
+
+def _sequences(seq_idx_BL: Tensor, back: int) -> Tensor:
+    """The sequence of each input and, before them, of the state's: the first."""
+    return torch.cat([seq_idx_BL[:, :1].expand(-1, back), seq_idx_BL], 1)
 
 
 def ssd_step(

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from pipeline.activations import Activation, decode_activation, pad
-from pipeline.data.collate import image_token_of, pad_id_of, pad_tokens, pixel_values, target_positions
+from pipeline.data.collate import pad_id_of, pad_tokens, pixel_values, target_positions
+from pipeline.data.encoding import image_token_of
 from pipeline.shards import Row, read_manifest, read_shard, rows_of
 from pipeline.store import Store
 from pipeline.taps import is_tapped

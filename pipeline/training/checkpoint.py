@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from pipeline.headers import metadata_of
 from pipeline.store import Store
 from schemas.artifacts import ArtifactRef
 
@@ -44,16 +45,10 @@ def latest_checkpoint(store: Store, ref: ArtifactRef, fingerprint: str) -> tuple
     names = store.names(f"{ref}/{FOLDER}")
     for name in reversed(names):
         data = store.read(f"{ref}/{FOLDER}/{name}")
-        header = _header(data)
+        header = metadata_of(data)
         if header.get("fingerprint") == fingerprint:
             return TrainState(**json.loads(header["state"])), load(data)
     return None
-
-
-def _header(data: bytes) -> dict[str, str]:
-    size = int.from_bytes(data[:8], "little")
-    metadata: dict[str, str] = json.loads(data[8 : 8 + size]).get("__metadata__", {})
-    return metadata
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Tensor]:

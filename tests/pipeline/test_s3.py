@@ -12,7 +12,6 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import s3fs
-import torch
 
 from jobs.stages import open_store
 from pipeline.store import Store
@@ -21,7 +20,7 @@ from schemas.config import RunConfig
 from schemas.errors import StoreUnavailable
 from schemas.tables import SAMPLES
 from tests.conftest import tiny_settings
-from tests.pipeline.test_training import make_cache, train
+from tests.pipeline.test_training import assert_alike
 
 BUCKET = "decant-test"
 
@@ -89,13 +88,7 @@ def test_cache_on_s3_has_the_local_ones_bytes_trains_alike_and_verifies(
     here, there = (
         RunConfig.model_validate({**settings, "store": s}) for s in (settings["store"], f"s3://{BUCKET}/run")
     )
-    local, remote = make_cache(here), make_cache(there)
-    for ref in (here.ref("prepare"), here.ref("cache")):
-        names = [n for n in local.names(str(ref)) if n.endswith(".parquet")]
-        assert names == [n for n in remote.names(str(ref)) if n.endswith(".parquet")]
-        assert all(local.read(f"{ref}/{n}") == remote.read(f"{ref}/{n}") for n in names)
-    mine, theirs = train(here), train(there)
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    remote = assert_alike(here, there)
     assert verify(remote, there.ref("prepare"), SAMPLES) == []
     with remote.fs.open(remote.path(f"{there.ref('prepare')}/shard-000000.parquet")) as file:
         assert pq.read_table(file).schema.names == SAMPLES.schema().names

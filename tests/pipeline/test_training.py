@@ -70,6 +70,18 @@ def train(run: RunConfig, report: Callable[[dict[str, Any]], None] = lambda _: N
     return load(open_store(run).read(f"{run.ref('distill')}/{distill.WEIGHTS}"))
 
 
+def assert_alike(here: RunConfig, there: RunConfig) -> Store:
+    """Makes both runs' caches and trains from them: the same bytes, the same weights. Returns the second's store."""
+    local, remote = make_cache(here), make_cache(there)
+    for ref in (here.ref("prepare"), here.ref("cache")):
+        names = [n for n in local.names(str(ref)) if n.endswith(".parquet")]
+        assert names == [n for n in remote.names(str(ref)) if n.endswith(".parquet")]
+        assert all(local.read(f"{ref}/{n}") == remote.read(f"{ref}/{n}") for n in names)
+    mine, theirs = train(here), train(there)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    return remote
+
+
 def batches_of(run: RunConfig, layers: tuple[int, ...] | None = None) -> CachedBatches:
     store = open_store(run)
     processor = load_processor(teacher_path(run))
@@ -343,13 +355,7 @@ def test_cache_on_a_store_that_fails_now_and_then_has_the_same_bytes_and_trains(
     monkeypatch.setattr(pipeline.store.time, "sleep", lambda _: None)
     FlakyFileSystem.start(rate=0.1)
     here, there = run_of(), run_of(store="flaky:///runs")
-    local, remote = make_cache(here), make_cache(there)
-    for ref in (here.ref("prepare"), here.ref("cache")):
-        names = [n for n in local.names(str(ref)) if n.endswith(".parquet")]
-        assert names == [n for n in remote.names(str(ref)) if n.endswith(".parquet")]
-        assert all(local.read(f"{ref}/{n}") == remote.read(f"{ref}/{n}") for n in names)
-    mine, theirs = train(here), train(there)
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert_alike(here, there)
     assert len(FlakyFileSystem.failures) >= 5
 
 
