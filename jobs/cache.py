@@ -4,7 +4,7 @@ One row of the dataset is one shard: its descriptor goes in, a CPU task adds the
 teacher actor computes and commits it. Nothing is remembered outside the store: a rerun does what is missing there.
 """
 
-import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,10 +13,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from cluster.datasets import shard_dataset
 from cluster.placement import check_fits
 from cluster.session import session
 from jobs.progress import Progress
-from jobs.stages import layer_plan, open_store, resolved, tapped_layers, teacher_digests, teacher_path
+from jobs.stages import layer_plan, resolved, store_of, tapped_layers, teacher_digests, teacher_path
 from pipeline.capture import PreparedSample, Teacher
 from pipeline.data.collate import pixel_values
 from pipeline.data.samples import decode_samples
@@ -27,21 +28,22 @@ from pipeline.stage import Stage, require
 from pipeline.store import Store
 from pipeline.student import check_plan
 from schemas.artifacts import ArtifactRef
-from schemas.config import CacheConfig, CachePlacement, Device, RunConfig
+from schemas.config import CacheConfig, CachePlacement, Device, RunConfig, StoreConfig
 from schemas.errors import ConfigInvalid
+from schemas.manifest import Manifest
 from schemas.tables import SAMPLES, targets_table
 
 # CPUs of one decoding task; not the teacher's, or Ray would fuse the two operators.
 DECODE_CPUS = 0.25
-# A cluster on which nothing at all moves for this long is stuck; a shard of a large teacher takes minutes.
-NO_PROGRESS_SECONDS = 1800.0
+# Calls of one teacher at once: one computes, and two write, because writing many taps takes longer than computing.
+CALLS = 3
 
 
 @dataclass(frozen=True)
 class CacheJob:
     """What the workers of one cache stage need; plain values, so that it travels."""
 
-    store: str
+    store: StoreConfig
     samples: ArtifactRef
     targets: ArtifactRef
     teacher: str
@@ -83,7 +85,7 @@ def cache_job(run: RunConfig, fingerprint: str) -> CacheJob:
     """What the workers of this run's cache need."""
     place = run.placement.cache
     return CacheJob(
-        store=open_store(run).url,
+        store=store_of(run),
         samples=run.ref("prepare"),
         targets=run.ref("cache"),
         teacher=teacher_path(run),
@@ -122,17 +124,10 @@ def _cache(store: Store, job: CacheJob, place: CachePlacement) -> dict[str, Any]
 
 
 def _run_dataset(job: CacheJob, place: CachePlacement, todo: list[int], rows: int) -> None:
-    import ray.data
-    from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+    from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
-    context = DataContext.get_current()
-    context.target_max_block_size = None  # a block is a shard, whatever its size
-    context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
-    context.enable_progress_bars = False  # ours counts samples
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    workers = min(place.workers, len(todo))
     dataset = (
-        ray.data.from_items([{"shard": i} for i in todo], override_num_blocks=len(todo))
+        shard_dataset([{"shard": i} for i in todo])
         .map_batches(
             decode_shard,
             fn_args=(job,),
@@ -148,7 +143,12 @@ def _run_dataset(job: CacheJob, place: CachePlacement, todo: list[int], rows: in
             batch_format="pyarrow",
             num_cpus=place.cpus_per_worker,
             num_gpus=place.gpus_per_worker or None,
-            compute=ActorPoolStrategy(size=workers),
+            accelerator_type=place.accelerator_type,
+            compute=ActorPoolStrategy(
+                size=min(place.workers, len(todo)),
+                max_concurrent_calls_per_actor=CALLS,
+                enable_true_multi_threading=True,
+            ),
         )
     )
     done = 0
@@ -181,15 +181,26 @@ def decode_shard(row: pa.Table, job: CacheJob) -> pa.Table:
 
 def _read_samples(job: CacheJob, index: int) -> list[Any]:
     store = Store(job.store)
-    info = read_manifest(store, job.samples).shards[index]
+    info = _manifest(job.store, job.samples, job.fingerprint).shards[index]
     return decode_samples(read_shard(store, job.samples, SAMPLES, info))
 
 
+@lru_cache(maxsize=1)
+def _manifest(store: StoreConfig, samples: ArtifactRef, _: str) -> Manifest:
+    """The samples' manifest, which thousands of shards make large: read once a process and job."""
+    return read_manifest(Store(store), samples)
+
+
 class TeacherActor:
-    """One teacher of the pool: computes and commits the shards that it is handed."""
+    """One teacher of the pool: computes and commits the shards that it is handed.
+
+    Several calls run at once: while one has the device, others encode, compress and write what they got from it.
+    """
 
     def __init__(self, job: CacheJob) -> None:
         torch.set_num_threads(job.threads)
+        # one thread of its own, because libraries remember what suits a shape (cuDNN's plans) a thread
+        self.device = ThreadPoolExecutor(1)
         self.job, self.store = job, Store(job.store)
         self.teacher = Teacher(job.teacher, job.config, job.tapped, job.device, job.batch)
 
@@ -200,6 +211,6 @@ class TeacherActor:
         pixels = np.frombuffer(row["pixels"][0].as_buffer(), np.float32).reshape(row["shape"][0].as_py())
         images = iter(pixels)
         prepared = [PreparedSample(s, None if s.image is None else next(images)) for s in samples]
-        columns = self.teacher.capture(prepared)
+        columns = self.teacher.columns(self.device.submit(self.teacher.forward, prepared).result())
         write_shard(self.store, self.job.targets, self.teacher.table, index, columns, self.job.fingerprint)
         return pa.table({"shard": [index], "rows": [len(samples)]})

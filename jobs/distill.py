@@ -16,7 +16,7 @@ import torch
 from cluster.placement import check_fits
 from cluster.session import session
 from jobs.progress import Progress
-from jobs.stages import layer_plan, open_store, resolved, tapped_layers, teacher_digests, teacher_path
+from jobs.stages import layer_plan, resolved, store_of, tapped_layers, teacher_digests, teacher_path
 from pipeline.models import decoder, load_processor, pick_device
 from pipeline.ops.backends import resolve
 from pipeline.stage import Stage
@@ -25,7 +25,7 @@ from pipeline.student import build_student, check_plan, record_of, trained_bytes
 from pipeline.training.batches import CachedBatches
 from pipeline.training.loop import Report, Saving, Training, Worker
 from pipeline.training.recompute import TeacherLayers
-from schemas.config import RunConfig
+from schemas.config import RunConfig, StoreConfig
 from schemas.errors import ConfigInvalid
 from schemas.layers import LayerPlan
 
@@ -40,7 +40,7 @@ class DistillJob:
     """What the workers of one distill stage need; plain values, so that it travels."""
 
     run: RunConfig
-    store: str
+    store: StoreConfig
     teacher: str
     plan: LayerPlan
     tapped: tuple[int, ...]
@@ -93,9 +93,7 @@ def needs_taps(run: RunConfig) -> bool:
 def distill_job(run: RunConfig, fingerprint: str) -> DistillJob:
     """What the workers of this run's training need."""
     digests = teacher_digests(run.teacher.path)
-    return DistillJob(
-        run, open_store(run).url, teacher_path(run), layer_plan(run), tapped_layers(run), digests, fingerprint
-    )
+    return DistillJob(run, store_of(run), teacher_path(run), layer_plan(run), tapped_layers(run), digests, fingerprint)
 
 
 def _distill(store: Store, job: DistillJob) -> dict[str, Any]:
@@ -128,6 +126,7 @@ def _fit(job: DistillJob) -> None:
             scaling_config=ScalingConfig(
                 num_workers=place.workers,
                 use_gpu=place.gpus_per_worker > 0,
+                accelerator_type=place.accelerator_type,
                 resources_per_worker={
                     "CPU": place.cpus_per_worker,
                     **({"GPU": place.gpus_per_worker} if place.gpus_per_worker else {}),

@@ -11,7 +11,7 @@ from cluster.placement import check_fits
 from cluster.session import session
 from jobs.distill import INITIAL, WEIGHTS
 from jobs.progress import Progress
-from jobs.stages import file_digest, layer_plan, open_store, resolved, teacher_digests, teacher_path
+from jobs.stages import file_digest, layer_plan, resolved, store_of, teacher_digests, teacher_path
 from pipeline.data.encoding import Encoder
 from pipeline.evaluation import Answers, answer, held_out_kl, read_questions, score
 from pipeline.models import load_model, load_processor, pick_device
@@ -20,7 +20,7 @@ from pipeline.stage import Stage
 from pipeline.store import Store
 from pipeline.student import apply_trained, build_student
 from pipeline.surgery import mixers
-from schemas.config import Backend, RunConfig
+from schemas.config import Backend, RunConfig, StoreConfig
 from schemas.layers import LayerPlan
 
 Who = Literal["teacher", "student_untrained", "student"]
@@ -32,7 +32,7 @@ class EvaluateJob:
     """What the tasks of one evaluate stage need; plain values, so that it travels."""
 
     run: RunConfig
-    store: str
+    store: StoreConfig
     teacher: str
     plan: LayerPlan
     digests: dict[str, str]
@@ -48,7 +48,7 @@ def stage(run: RunConfig) -> Stage:
     }
 
     def work(store: Store, _: str) -> dict[str, Any]:
-        return _evaluate(store, EvaluateJob(run, open_store(run).url, teacher_path(run), plan, settings["teacher"]))
+        return _evaluate(store, EvaluateJob(run, store_of(run), teacher_path(run), plan, settings["teacher"]))
 
     return Stage(run.ref("evaluate"), (run.ref("distill"),), settings, work, resolved(run))
 
@@ -90,7 +90,9 @@ def _ask(job: EvaluateJob, whos: list[Who], count: int) -> dict[Who, tuple[Answe
 
     place = job.run.placement.evaluate
     mailbox = Queue(actor_options={"num_cpus": 0})
-    remote = ray.remote(num_cpus=place.cpus_per_worker, num_gpus=place.gpus_per_worker)(answer_as)
+    remote = ray.remote(
+        num_cpus=place.cpus_per_worker, num_gpus=place.gpus_per_worker, accelerator_type=place.accelerator_type
+    )(answer_as)
     waiting = {remote.remote(job, who, mailbox): who for who in whos}
     answers: dict[Who, tuple[Answers, Backend | None]] = {}
     done = dict.fromkeys(whos, 0)

@@ -8,11 +8,12 @@ from typing import Any
 
 from rich.console import Console
 
+from pipeline.data.records import opened
 from pipeline.folders import folder_digests, text_config
 from pipeline.stage import Stage, run_stage, status
 from pipeline.store import Store
-from schemas.config import RunConfig
-from schemas.errors import ConfigInvalid, SampleInvalid
+from schemas.config import RunConfig, StoreConfig
+from schemas.errors import ConfigInvalid
 from schemas.layers import LayerPlan, plan_layers
 from schemas.runfile import dump_run
 from schemas.tables import REJECTS_FILE
@@ -84,23 +85,29 @@ def file_digest(path: str) -> str:
     Raises:
         SampleInvalid: the file is missing or unreadable.
     """
-    try:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:32]
-    except OSError as error:
-        raise SampleInvalid(f"{path}: data file cannot be read: {error.strerror or error}") from None
+    return opened(path, lambda file: hashlib.file_digest(file, "sha256")).hexdigest()[:32]
 
 
 def resolved(run: RunConfig) -> dict[str, Any]:
-    """The run for the record, every default written out."""
-    return run.model_dump(mode="json")
+    """The run for the record, every default written out; how the store is reached is nobody's business."""
+    return {**run.model_dump(mode="json"), "store": run.store.url}
 
 
 def open_store(run: RunConfig) -> Store:
-    """The run's store; local paths become absolute, because Ray's workers have other working directories."""
-    return Store(run.store if "://" in run.store else str(Path(run.store).absolute()))
+    """The run's store."""
+    return Store(store_of(run))
+
+
+def store_of(run: RunConfig) -> StoreConfig:
+    """Where the run's store is, for workers."""
+    return run.store.model_copy(update={"url": absolute(run.store.url)})
+
+
+def absolute(path: str) -> str:
+    """A path that means the same to Ray's workers, which have other working directories; URLs as they are."""
+    return path if "://" in path else str(Path(path).absolute())
 
 
 def teacher_path(run: RunConfig) -> str:
-    """The teacher's folder as an absolute path, for the same reason."""
-    return str(Path(run.teacher.path).absolute())
+    """The teacher's folder as an absolute path."""
+    return absolute(run.teacher.path)

@@ -56,19 +56,27 @@ def pad(parts: Sequence[Activation]) -> Activation:
     return Activation(values, stack(scales, batch_first=True) if scales else None)
 
 
-def encode_activation(name: str, value_LD: Tensor, dtype: ActivationType) -> dict[str, bytes]:
-    """The columns ``NAME`` and, for float8, ``NAME_scale``."""
+def pack(value_LD: Tensor, dtype: ActivationType) -> Activation:
+    """As it will be stored, on the device where it is."""
     if dtype == "bfloat16":
-        return {name: _bytes(value_LD.to(torch.bfloat16).contiguous().view(torch.int16), "<i2")}
+        return Activation(value_LD.to(torch.bfloat16))
     wide = value_LD.float()
     # a token of zeros has any scale; 1 keeps it finite
     scale_L = (wide.abs().amax(-1) / FP8_MAX).where(wide.abs().amax(-1) > 0, 1.0)
     packed = (wide / scale_L[:, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    return {name: _bytes(packed.contiguous().view(torch.uint8), "u1"), f"{name}_scale": _bytes(scale_L, "<f4")}
+    return Activation(packed.view(torch.uint8), scale_L)
 
 
-def _bytes(tensor: Tensor, dtype: str) -> bytes:
-    return tensor.cpu().numpy().astype(dtype, copy=False).tobytes()
+def stored_parts(name: str, packed: Activation) -> dict[str, Tensor]:
+    """What goes to disk under the columns ``NAME`` and, for float8, ``NAME_scale``; a token a row."""
+    if packed.scale is None:
+        return {name: packed.values.view(torch.int16)}
+    return {name: packed.values, f"{name}_scale": packed.scale}
+
+
+def encode_activation(name: str, packed: Activation) -> dict[str, bytes]:
+    """The columns' values for one sample, of an activation on the CPU."""
+    return {part: value.contiguous().numpy().tobytes() for part, value in stored_parts(name, packed).items()}
 
 
 def decode_activation(name: str, row: Mapping[str, Any], tokens: int, dtype: ActivationType) -> Activation:

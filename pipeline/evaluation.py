@@ -15,6 +15,7 @@ from pipeline.data.conversations import read_conversations
 from pipeline.data.encoding import EncodedSample, Encoder, read_image
 from pipeline.losses import full_kl
 from pipeline.models import body, head
+from pipeline.store import Store
 from schemas.config import EvaluateConfig
 from schemas.errors import SampleInvalid
 
@@ -44,6 +45,7 @@ class Answers:
 def read_questions(config: EvaluateConfig, encoder: Encoder) -> list[Question]:
     """The evaluation file's questions, in order."""
     questions: list[Question] = []
+    images = Store(config.images)
     for conversation in read_conversations(config.data):
         if config.limit is not None and len(questions) == config.limit:
             break
@@ -55,7 +57,7 @@ def read_questions(config: EvaluateConfig, encoder: Encoder) -> list[Question]:
                     "(evaluate.group_by)"
                 )
             group = str(conversation.extra[config.group_by])
-        image = read_image(conversation, config.images)
+        image = read_image(conversation, images)
         prompt, sample = encoder.prompt_ids(conversation, image), encoder.encode(conversation, image)
         questions.append(Question(group, prompt, conversation.turns[-1].text.strip(), sample))
     return questions

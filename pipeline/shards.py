@@ -4,7 +4,6 @@ The same rows give the same bytes: no time, host or order of writing enters a sh
 """
 
 import hashlib
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,9 +18,18 @@ from schemas.tables import Table
 
 
 def write_shard(
-    store: Store, ref: ArtifactRef, table: Table, index: int, columns: dict[str, list[object]], fingerprint: str
+    store: Store,
+    ref: ArtifactRef,
+    table: Table,
+    index: int,
+    columns: Mapping[str, Sequence[object] | pa.Array],
+    fingerprint: str,
+    notes: Mapping[str, str] | None = None,
 ) -> None:
-    """Commits shard ``index`` of an artifact from column lists (keys: every column of the table)."""
+    """Commits shard ``index`` of an artifact from every column of the table, as lists or as Arrow arrays.
+
+    ``notes`` are what else is to be known of the shard; they stand in its footer.
+    """
     schema = table.schema()
     data = pa.table({name: pa.array(columns[name], schema.field(name).type) for name in schema.names}, schema=schema)
     footer = {
@@ -31,11 +39,14 @@ def write_shard(
         "decant.shard": str(index),
         "decant.rows": str(data.num_rows),
         "decant.checksum": checksum(data),
+        **{f"decant.{name}": value for name, value in (notes or {}).items()},
     }
-    sink = io.BytesIO()
     compression = {c.name: c.compression for c in table.columns}
-    pq.write_table(data.replace_schema_metadata(footer), sink, compression=compression, use_dictionary=False)
-    store.write(f"{ref}/{shard_name(index)}", sink.getvalue())
+    data = data.replace_schema_metadata(footer)
+    store.write_by(
+        f"{ref}/{shard_name(index)}",
+        lambda file: pq.write_table(data, file, compression=compression, use_dictionary=False),
+    )
 
 
 def checksum(data: pa.Table) -> str:
@@ -127,8 +138,8 @@ def _remedy(ref: ArtifactRef) -> str:
     return f"remove it and the {RECORD} beside it, then run `decant {ref.kind} RUN.yaml`: only this shard is made again"
 
 
-def read_footer(store: Store, ref: ArtifactRef, name: str) -> dict[str, str]:
-    """The ``decant.*`` entries of a shard's footer, without the prefix."""
+def read_notes(store: Store, ref: ArtifactRef, name: str) -> dict[str, str]:
+    """What a shard's footer says of it: the ``decant.*`` entries, without the prefix."""
     where = store.path(f"{ref}/{name}")
     try:
         metadata = _parquet(store, f"{ref}/{name}", pq.read_schema).metadata or {}
@@ -153,7 +164,7 @@ def fold_manifest(store: Store, ref: ArtifactRef, table: Table, count: int, fing
     shards = []
     for index in range(count):
         name = shard_name(index)
-        footer = read_footer(store, ref, name)
+        footer = read_notes(store, ref, name)
         expected = {"table": table.name, "version": str(table.version), "fingerprint": fingerprint, "shard": str(index)}
         for key, value in expected.items():
             if footer.get(key) != value:

@@ -5,17 +5,19 @@ PUT, which object stores make visible as a whole. No reader ever sees half an ob
 whatever may pass (server errors, timeouts, broken connections, bodies cut short) is tried again for about a minute.
 """
 
+import io
 import os
 import random
 import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from schemas.config import StoreConfig
 from schemas.errors import StoreUnavailable
 
 T = TypeVar("T")
@@ -30,9 +32,10 @@ TRANSPORTS = ("aiohttp", "botocore", "fsspec", "s3fs", "urllib3")
 class Store:
     """Objects under one root (path or URL), addressed by relative paths with forward slashes."""
 
-    def __init__(self, root: str) -> None:
-        self.fs, self.root = fsspec.core.url_to_fs(root)
-        self.url = root
+    def __init__(self, where: str | StoreConfig) -> None:
+        config = where if isinstance(where, StoreConfig) else StoreConfig(url=where)
+        self.fs, self.root = fsspec.core.url_to_fs(config.url, **_connection(config))
+        self.url = config.url
 
     @property
     def local(self) -> bool:
@@ -40,8 +43,8 @@ class Store:
         return isinstance(self.fs, LocalFileSystem)
 
     def path(self, name: str) -> str:
-        """The object's path within the file system."""
-        return f"{self.root.rstrip('/')}/{name}"
+        """The object's path within the file system; an absolute one is its own."""
+        return name if name.startswith("/") else f"{self.root.rstrip('/')}/{name}"
 
     def patiently(self, name: str, action: Callable[[], T]) -> T:
         """What the action gives, tried again where its failure may pass.
@@ -74,6 +77,13 @@ class Store:
 
     def read(self, name: str) -> bytes:
         """The object's bytes, all of them."""
+        try:
+            return self.fetch(name)
+        except OSError as error:
+            raise StoreUnavailable(f"{self.path(name)}: cannot be read: {error}") from None
+
+    def fetch(self, name: str) -> bytes:
+        """As ``read``, for what is the user's own: that it is missing or no file stays an OSError."""
 
         def whole() -> bytes:
             data, size = cast(bytes, self.fs.cat_file(self.path(name))), self.fs.size(self.path(name))
@@ -81,10 +91,7 @@ class Store:
                 raise EOFError(f"{len(data)} bytes came of {size}")
             return data
 
-        try:
-            return self.patiently(name, whole)
-        except OSError as error:
-            raise StoreUnavailable(f"{self.path(name)}: cannot be read: {error}") from None
+        return self.patiently(name, whole)
 
     def size(self, name: str) -> int:
         """The object's size in bytes."""
@@ -109,16 +116,30 @@ class Store:
         Raises:
             StoreUnavailable: the folder cannot be written.
         """
+        self.write_by(name, lambda file: file.write(data))
+
+    def write_by(self, name: str, write: Callable[[BinaryIO], object]) -> None:
+        """Commits what ``write`` writes; on local disk straight to the file, so that no copy of it is held."""
         target = self.path(name)
         try:
             if self.local:
-                _write_local(Path(target), data)
+                _write_local(Path(target), write)
             else:
-                self.patiently(name, lambda: self.fs.pipe_file(target, data))
+                buffer = io.BytesIO()
+                write(buffer)
+                self.patiently(name, lambda: self.fs.pipe_file(target, buffer.getvalue()))
         except OSError as error:
             raise StoreUnavailable(
                 f"{target}: cannot be written: {error.strerror or error}; check that `store` ({self.url}) is writable"
             ) from None
+
+
+def _connection(config: StoreConfig) -> dict[str, Any]:
+    """What s3fs takes; anything not given comes from the environment."""
+    given: dict[str, Any] = {"endpoint_url": config.endpoint, "profile": config.profile}
+    if config.region:
+        given["client_kwargs"] = {"region_name": config.region}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _may_pass(error: Exception) -> bool:
@@ -128,12 +149,12 @@ def _may_pass(error: Exception) -> bool:
     return isinstance(error, OSError | EOFError) or type(error).__module__.partition(".")[0] in TRANSPORTS
 
 
-def _write_local(target: Path, data: bytes) -> None:
+def _write_local(target: Path, write: Callable[[BinaryIO], object]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".tmp-{uuid.uuid4().hex}"
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)

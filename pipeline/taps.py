@@ -1,11 +1,16 @@
 """Taps: the input (the normalised hidden state) and the output of attention layers, each [L, D], of some samples."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import torch
 from torch import Tensor, nn
+
+from pipeline.activations import Activation, stored_parts
 
 
 def is_tapped(sample_id: str, fraction: float, seed: int) -> bool:
@@ -31,3 +36,35 @@ def recorded(layers: Any, chosen: tuple[int, ...]) -> Iterator[dict[int, tuple[T
     finally:
         for handle in handles:
             handle.remove()
+
+
+class TapBuffers:
+    """The taps of a shard's rows on the host: a column is one buffer, which becomes an Arrow array as it is.
+
+    Taps are most of a cache's bytes: each further copy would cost as much time as writing them.
+    """
+
+    def __init__(self, tokens: Sequence[int], *, pinned: bool) -> None:
+        self.ends, self.pinned = np.cumsum(tokens, dtype=np.int64), pinned  # 0 tokens where a row has no taps
+        self.tokens = np.array(tokens, np.int64)
+        self.parts: dict[str, Tensor] = {}
+
+    def keep(self, name: str, row: int, packed: Activation) -> None:
+        """Queues the copy of one row's tap [L, D] behind what computes it."""
+        for part, value in stored_parts(name, packed).items():
+            if part not in self.parts:
+                shape = (int(self.ends[-1]), *value.shape[1:])
+                self.parts[part] = torch.empty(shape, dtype=value.dtype, pin_memory=self.pinned)
+            place = slice(self.ends[row] - self.tokens[row], self.ends[row])
+            self.parts[part][place].copy_(value, non_blocking=True)
+
+    def columns(self) -> dict[str, pa.Array]:
+        """The columns that have values, rows without taps empty; once the copies are there."""
+        validity = pa.array(self.tokens > 0).buffers()[1]
+        found = {}
+        for part, value in self.parts.items():
+            width = value[0].numel() * value.element_size()
+            offsets = pa.py_buffer(np.concatenate([[0], self.ends]) * width)
+            buffers = [validity, offsets, pa.py_buffer(value.numpy())]
+            found[part] = pa.Array.from_buffers(pa.large_binary(), len(self.tokens), buffers)
+        return found

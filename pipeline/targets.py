@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.activations import Activation, decode_activation, encode_activation, join
+from pipeline.activations import Activation, decode_activation, encode_activation, join, pack
 from schemas.config import FinalHiddenTargets, SampledTargets, TargetsConfig, TopKTargets
 
 UINT16_IDS = 65536
@@ -74,43 +74,45 @@ def uniforms(sample_id: str, seed: int, tokens: int, draws: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random((tokens, draws))
 
 
-def draw(logits_PV: Tensor, uniforms_PN: Tensor, temperature: float) -> Tensor:
-    """Token ids [P, N] by inverting the cumulative distribution at ``temperature``."""
-    cdf = torch.softmax(logits_PV.double() / temperature, -1).cumsum(-1)
-    # the last entry is 1 up to rounding; dividing makes a draw beyond it impossible
-    return torch.searchsorted(cdf / cdf[:, -1:], uniforms_PN, right=True)
+def logprobs(logits_PV: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities [P, V] in float32, at ``temperature``."""
+    return torch.log_softmax(logits_PV.float() / temperature, -1)
 
 
-def entropy(logits_PV: Tensor, temperature: float) -> Tensor:
-    """Entropy [P] in nats, at ``temperature``."""
-    logp = torch.log_softmax(logits_PV.float() / temperature, -1)
-    return -(logp.exp() * logp).sum(-1)
+def draw(logprobs_PV: Tensor, uniforms_PN: Tensor) -> Tensor:
+    """Token ids [P, N] in int32, by inverting the cumulative distribution."""
+    cdf = logprobs_PV.exp().cumsum(-1, dtype=torch.float64)
+    # the last entry is 1 up to rounding; below it, a draw meets a token of some probability
+    total = cdf[:, -1:]
+    chance = torch.minimum(uniforms_PN * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cdf, chance, right=True, out_int32=True)
 
 
-def top(logits_PV: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """Ids [P, K] and log-probabilities [P, K] at ``temperature``, most probable first."""
-    logprobs, ids = torch.log_softmax(logits_PV.float() / temperature, -1).topk(min(k, logits_PV.shape[-1]))
-    return ids, logprobs
+def entropy(logprobs_PV: Tensor) -> Tensor:
+    """Entropy [P] in nats."""
+    return torch.special.entr(logprobs_PV.exp()).sum(-1)
 
 
-def extract(config: TargetsConfig, logits_PV: Tensor, hidden_PD: Tensor, uniforms_PN: Tensor | None) -> list[Tensor]:
+def extract(config: TargetsConfig, logprobs_PV: Tensor, hidden_PD: Tensor, uniforms_PN: Tensor | None) -> list[Tensor]:
     """What is kept of some positions, still on the device; ``encode`` takes it for all positions of a sample."""
     if config.kind == "sampled":
         assert uniforms_PN is not None
-        return [draw(logits_PV, uniforms_PN, config.temperature)]
+        return [draw(logprobs_PV, uniforms_PN)]
     if config.kind == "top_k":
-        return list(top(logits_PV, config.k, config.temperature))
-    return [hidden_PD]
+        found = logprobs_PV.topk(min(config.k, logprobs_PV.shape[-1]))  # most probable first
+        return [found.indices.int(), found.values]
+    packed = pack(hidden_PD, config.dtype)
+    return [packed.values] if packed.scale is None else [packed.values, packed.scale]
 
 
 def encode(config: TargetsConfig, kept: Sequence[Tensor], vocabulary: int) -> dict[str, object]:
-    """The columns of one sample, of what ``extract`` kept."""
+    """The columns of one sample, of what ``extract`` kept, on the CPU."""
     if config.kind == "sampled":
-        return encode_draws(kept[0].cpu().numpy(), vocabulary)
+        return encode_draws(kept[0].numpy(), vocabulary)
     if config.kind == "top_k":
-        ids, logprobs = (t.cpu().numpy() for t in kept)
-        return {**_encode_ids(ids, vocabulary), "logprobs": logprobs.astype("<f2").tobytes()}
-    return dict(encode_activation("hidden", kept[0], config.dtype))
+        ids, values = (t.numpy() for t in kept)
+        return {**_encode_ids(ids, vocabulary), "logprobs": values.astype("<f2").tobytes()}
+    return dict(encode_activation("hidden", Activation(*kept)))
 
 
 def encode_draws(ids_PN: np.ndarray, vocabulary: int) -> dict[str, object]:

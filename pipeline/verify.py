@@ -14,7 +14,7 @@ from schemas.canonical import digest
 from schemas.config import CacheConfig
 from schemas.errors import ShardCorrupt, StoreUnavailable
 from schemas.manifest import MANIFEST, is_shard
-from schemas.tables import SAMPLES, Table
+from schemas.tables import SAMPLES, STATISTICS, Table
 
 # What a shard's rows say that they should not: the shard's index and rows to reasons.
 Check = Callable[[int, list[Row]], Iterator[str]]
@@ -94,8 +94,7 @@ def targets_check(store: Store, samples: ArtifactRef, cache: CacheConfig, vocabu
 
 def _row(row: Row, tokens: int, cache: CacheConfig, vocabulary: int) -> Iterator[str]:
     positions = row["positions"]
-    statistics = {"lse": "<f4", "gold_logprob": "<f2", "entropy": "<f2"}
-    for name, dtype in statistics.items():
+    for name, dtype in STATISTICS.items():
         values = np.frombuffer(row[name], dtype)
         if len(values) != positions:
             yield f"{name} has {len(values)} values for {positions} positions"

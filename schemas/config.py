@@ -4,9 +4,9 @@ Owns the types only; ``schemas.runfile`` reads YAML and overrides. Sections name
 (fingerprinted); ``placement`` says where a stage runs and never changes what it makes.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from schemas.artifacts import ArtifactRef
 from schemas.layers import LayersConfig
@@ -35,6 +35,37 @@ class StageSection(Section):
     """A stage's settings; ``artifact`` (``name@version``) is where its result goes, the run's name at 1 by default."""
 
     artifact: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]+@[1-9][0-9]*$")
+
+
+class StoreConfig(Section):
+    """Where artifacts lie: a folder or a URL. Endpoint, region and profile reach S3 and its kin.
+
+    What is not given comes from the environment, secrets always do.
+    """
+
+    url: str
+    endpoint: str | None = None
+    region: str | None = None
+    profile: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        """``store: URL`` is ``store: {url: URL}``."""
+        return {"url": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _reaches(self) -> "StoreConfig":
+        if (self.endpoint or self.region or self.profile) and not self.url.startswith("s3://"):
+            raise ValueError(f"endpoint, region and profile are for s3:// URLs, not for {self.url}")
+        if "@" in self.url.partition("://")[2].partition("/")[0]:
+            raise ValueError("a URL with credentials in it; they come from the environment alone")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _shortest(self, whole: SerializerFunctionWrapHandler) -> str | dict[str, Any]:
+        given: dict[str, Any] = {k: v for k, v in whole(self).items() if v is not None}
+        return self.url if len(given) == 1 else given
 
 
 class TeacherConfig(Section):
@@ -186,12 +217,20 @@ class ExportConfig(StageSection):
 
 
 class WorkerPlacement(Section):
-    """Resources of the workers of one stage."""
+    """Resources of the workers of one stage; ``accelerator_type`` as Ray names it (``H100``, ``A100``, ``L4``)."""
 
     workers: int = Field(1, ge=1)
     cpus_per_worker: float = Field(1.0, gt=0)
     gpus_per_worker: float = Field(0.0, ge=0)
+    accelerator_type: str | None = None
     batch: int = Field(32, ge=1)
+
+
+class PreparePlacement(Section):
+    """CPU workers; none at all means this process, which is faster for some thousand samples than starting Ray."""
+
+    workers: int = Field(1, ge=0)
+    cpus_per_worker: float = Field(1.0, gt=0)
 
 
 class CachePlacement(WorkerPlacement):
@@ -205,6 +244,7 @@ class Placement(Section):
 
     device: Device = "auto"
     backend: Backend = "auto"
+    prepare: PreparePlacement = PreparePlacement()
     cache: CachePlacement = CachePlacement()
     distill: WorkerPlacement = WorkerPlacement()
     evaluate: WorkerPlacement = WorkerPlacement()
@@ -214,7 +254,7 @@ class RunConfig(Section):
     """One run: everything that the stages need, in one file."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
-    store: str
+    store: StoreConfig
     teacher: TeacherConfig
     prepare: PrepareConfig
     cache: CacheConfig = CacheConfig()

@@ -84,7 +84,7 @@ def _explain(error: ValidationError) -> str:
             message = "unknown field" + _suggestion(item["loc"])
         elif item["type"] == "missing":
             message = "is required"
-        else:
+        elif item["type"] != "value_error":  # ours are complete, and what was given may hold a secret
             message += f" (got {item['input']!r})"
         lines.append(f"{path}: {message}")
     return "; ".join(lines)

@@ -68,6 +68,9 @@ SAMPLES = Table(
 )
 
 
+# What a target's row says of each position beside the distribution, and the type on disk.
+STATISTICS = {"lse": "<f4", "gold_logprob": "<f2", "entropy": "<f2"}
+
 REJECTS_FILE = "rejects.parquet"
 REJECTS = Table(
     "rejects",

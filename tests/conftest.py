@@ -106,6 +106,7 @@ def tiny_settings(teacher: Path, scenes: Path, store: Path) -> dict[str, Any]:
             "checkpoint_every": 2,
         },
         "evaluate": {"data": str(scenes / "test.json"), "images": str(scenes), "group_by": "family"},
+        "placement": {"prepare": {"workers": 0}},
     }
 
 

@@ -1,22 +1,18 @@
-"""Reads conversations in the LLaVA format and says precisely what is wrong with a record that cannot be used.
+"""Conversations in the LLaVA format, and precisely what is wrong with a record that cannot be used.
 
-A file is a JSON list (``.json``), JSON Lines (``.jsonl``) or Parquet (``.parquet``) of
-``{id, image?, conversations: [{from, value}]}``. In Parquet, ``image`` may be bytes and ``conversations`` JSON text.
+A record is ``{id, image?, conversations: [{from, value}]}``; in Parquet, ``image`` may be bytes and ``conversations``
+JSON text.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from pipeline.data.records import Part, parts, read_part
 from schemas.errors import SampleInvalid
 
-# Rows read at once from a Parquet file; with an image each, some hundred megabytes at most.
-PARQUET_ROWS = 256
+# Records read at once where one process reads them all.
+PART = 256
 IMAGE = "<image>"
 ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -46,67 +42,22 @@ def read_conversations(path: str) -> Iterator[Conversation]:
     Raises:
         SampleInvalid: the file is missing, unreadable or empty, or a record is not a usable conversation.
     """
-    for item in each_conversation(path):
-        if isinstance(item, SampleInvalid):
-            raise item
-        yield item
+    for part in parts(path, PART):
+        for item in part_conversations(path, part):
+            if isinstance(item, SampleInvalid):
+                raise item
+            yield item
 
 
-def each_conversation(path: str) -> Iterator[Conversation | SampleInvalid]:
-    """The file's records in order, each as a conversation or as the error that it is.
-
-    Raises:
-        SampleInvalid: the file is missing, unreadable or empty.
-    """
-    count = 0
-    for index, record in enumerate(_records(Path(path))):
-        count += 1
+def part_conversations(path: str, part: Part) -> list[Conversation | SampleInvalid]:
+    """The records of a part of the file, in order, each as a conversation or as the error that it is."""
+    found: list[Conversation | SampleInvalid] = []
+    for index, record in enumerate(read_part(path, part), part.first):
         try:
-            found = record if isinstance(record, SampleInvalid) else parse(record, path, index)
+            found.append(record if isinstance(record, SampleInvalid) else parse(record, path, index))
         except SampleInvalid as error:
-            found = error
-        yield found
-    if not count:
-        raise SampleInvalid(f"{path}: the data set is empty; it must hold at least one record")
-
-
-def _records(path: Path) -> Iterator[Any]:
-    """The file's records; a line of JSON Lines that cannot be read comes as an error."""
-    try:
-        if path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as lines:
-                yield from (_line(line, f"{path}: line {n}") for n, line in enumerate(lines, 1) if line.strip())
-            return
-        if path.suffix == ".parquet":
-            for batch in pq.ParquetFile(path).iter_batches(PARQUET_ROWS):
-                yield from (_flat(row) for row in batch.to_pylist())
-            return
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SampleInvalid(f"{path}: no such data file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, pa.ArrowException) as error:
-        kind = "Parquet" if path.suffix == ".parquet" else "JSON"
-        raise SampleInvalid(f"{path}: cannot be read as {kind}: {error}") from None
-    if not isinstance(data, list):
-        raise SampleInvalid(f"{path}: expected a JSON list of records, got {type(data).__name__}")
-    yield from data
-
-
-def _line(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        return SampleInvalid(f"{where}: cannot be read as JSON: {error}")
-
-
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    """A Parquet row as a record: conversations may be JSON text, images structures of bytes and path."""
-    image, turns = row.get("image"), row.get("conversations")
-    if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path")
-    if isinstance(turns, str):
-        turns = _line(turns, "conversations")
-    return {**row, "image": image, "conversations": turns}
+            found.append(error)
+    return found
 
 
 def parse(record: Any, source: str, index: int) -> Conversation:

@@ -6,13 +6,13 @@ Owns the rendering of the chat template, the mapping from answers to token spans
 import hashlib
 import io
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.data.conversations import IMAGE, Conversation, Turn
+from pipeline.store import Store
 from schemas.canonical import digest
 from schemas.errors import ConfigInvalid, SampleInvalid
 
@@ -34,11 +34,12 @@ class EncodedSample:
         return int((self.spans[:, 1] - self.spans[:, 0]).sum())
 
 
-def read_image(conversation: Conversation, folder: str) -> bytes | None:
+def read_image(conversation: Conversation, images: Store) -> bytes | None:
     """The image file's bytes, None for a text-only record.
 
     Raises:
         SampleInvalid: the file is missing or is not an image that can be decoded.
+        StoreUnavailable: object storage does not answer.
     """
     if conversation.image is None:
         return None
@@ -46,10 +47,9 @@ def read_image(conversation: Conversation, folder: str) -> bytes | None:
     if isinstance(conversation.image, bytes):
         data = conversation.image
     else:
-        path = Path(folder) / conversation.image
-        where += f": {path}"
+        where += f": {images.path(conversation.image)}"
         try:
-            data = path.read_bytes()
+            data = images.fetch(conversation.image)
         except OSError as error:
             raise SampleInvalid(f"{where}: {error.strerror or error}") from None
     try:

@@ -1,107 +1,97 @@
-"""The ``prepare`` stage's work: conversations to committed shards of the ``samples`` table."""
+"""The ``prepare`` stage's work: parts of a data file to committed shards of the ``samples`` table.
+
+Part and shard have the same number and rows, less what is rejected. What was rejected, and how many samples were cut,
+stands in the shard's footer, so that a shard and the account of it are one commit.
+"""
 
 import io
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+import json
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.conversations import each_conversation
+from pipeline.data.conversations import part_conversations
 from pipeline.data.encoding import EncodedSample, Encoder, read_image
-from pipeline.shards import fold_manifest, write_shard
+from pipeline.data.records import Part
+from pipeline.shards import fold_manifest, read_notes, read_shard, write_shard
 from pipeline.store import Store
 from schemas.artifacts import ArtifactRef
 from schemas.config import PrepareConfig
 from schemas.errors import SampleInvalid
-from schemas.manifest import shard_name
 from schemas.tables import REJECTS, REJECTS_FILE, SAMPLES
 
-
-@dataclass(frozen=True)
-class Reject:
-    """A record that cannot be used: its number in the file, from 0, and why."""
-
-    record: int
-    reason: str
+# A record that cannot be used: its number in the file, from 0, and why.
+Reject = tuple[int, str]
 
 
-def encode_all(config: PrepareConfig, encoder: Encoder) -> Iterator[EncodedSample | Reject]:
-    """Every record of the data file, encoded or rejected, in order.
+def prepare_shard(
+    store: Store, ref: ArtifactRef, config: PrepareConfig, encoder: Encoder, part: Part, index: int, fingerprint: str
+) -> int:
+    """Encodes a part of the data file and commits it as shard ``index``; returns its number of records.
 
     Raises:
         SampleInvalid: the file cannot be read; or a record cannot be used, and those are not to be skipped.
     """
-    for index, item in enumerate(each_conversation(config.data)):
+    images = Store(config.images)
+    rows: list[EncodedSample] = []
+    rejects: list[Reject] = []
+    for number, item in enumerate(part_conversations(config.data, part), part.first):
         try:
             if isinstance(item, SampleInvalid):
                 raise item
-            yield encoder.encode(item, read_image(item, config.images))
+            rows.append(encoder.encode(item, read_image(item, images)))
         except SampleInvalid as error:
             if config.on_bad_sample == "fail":
                 raise
-            yield Reject(index, str(error))
+            # without the folders, which are the run's and not the record's
+            reason = str(error).removeprefix(f"{config.data}: ").replace(f"{images.root}/", "")
+            rejects.append((number, reason))
+    notes = {"rejects": json.dumps(rejects), "truncated": str(sum(r.truncated for r in rows))}
+    write_shard(store, ref, SAMPLES, index, sample_columns(rows), fingerprint, notes)
+    return part.count
 
 
-def prepare(
-    store: Store,
-    ref: ArtifactRef,
-    config: PrepareConfig,
-    encoder: Encoder,
-    fingerprint: str,
-    progress: Callable[[int], None],
-) -> dict[str, Any]:
-    """Writes all shards, the rejects and the manifest; returns counts for the record.
+def finish(store: Store, ref: ArtifactRef, config: PrepareConfig, count: int, fingerprint: str) -> dict[str, Any]:
+    """Writes the rejects and the manifest of ``count`` committed shards; returns counts for the record.
 
-    Where bad records are not skipped, one stops the stage before its shard is written. Shards already committed are
-    kept and made again only where they are missing. ``progress`` gets the number of samples done.
+    Raises:
+        SampleInvalid: no record could be used.
     """
-    rejects: list[Reject] = []
-    samples = _accepted(encode_all(config, encoder), rejects)
-    counts = {"samples": 0, "tokens": 0, "response_tokens": 0, "truncated": 0, "duplicates": 0}
+    manifest = fold_manifest(store, ref, SAMPLES, count, fingerprint)
+    counts = {"samples": manifest.rows, "tokens": 0, "response_tokens": 0, "truncated": 0}
     seen: set[str] = set()
-    present = set(store.names(str(ref)))
-    index = 0
-    while rows := list(islice(samples, config.shard_rows)):
-        if shard_name(index) not in present:
-            write_shard(store, ref, SAMPLES, index, _columns(rows), fingerprint)
-        counts["samples"] += len(rows)
-        counts["tokens"] += sum(len(r.input_ids) for r in rows)
-        counts["response_tokens"] += sum(r.response_tokens for r in rows)
-        counts["truncated"] += sum(r.truncated for r in rows)
-        seen.update(r.sample_id for r in rows)
-        index += 1
-        progress(counts["samples"])
-    if not index:
-        raise SampleInvalid(
-            f"{config.data}: none of {len(rejects)} records can be used; the first: {rejects[0].reason}"
-        )
-    counts |= {"duplicates": counts["samples"] - len(seen), "rejected": len(rejects)}
+    rejects: list[Reject] = []
+    for info in manifest.shards:
+        data = read_shard(store, ref, SAMPLES, info, ["sample_id", "tokens", "response_tokens"])
+        notes = read_notes(store, ref, info.name)
+        counts["tokens"] += sum(data["tokens"].to_pylist())
+        counts["response_tokens"] += sum(data["response_tokens"].to_pylist())
+        counts["truncated"] += int(notes["truncated"])
+        seen.update(data["sample_id"].to_pylist())
+        rejects += [(number, reason) for number, reason in json.loads(notes["rejects"])]
+    if not manifest.rows:
+        raise SampleInvalid(f"{config.data}: none of {len(rejects)} records can be used; the first: {rejects[0][1]}")
     store.write(f"{ref}/{REJECTS_FILE}", _rejects_file(config.data, rejects))
-    manifest = fold_manifest(store, ref, SAMPLES, index, fingerprint)
-    return {**counts, "shards": index, "bytes": sum(s.bytes for s in manifest.shards)}
-
-
-def _accepted(items: Iterator[EncodedSample | Reject], rejects: list[Reject]) -> Iterator[EncodedSample]:
-    """The samples among the items; the others are added to ``rejects`` as they come by."""
-    for item in items:
-        if isinstance(item, Reject):
-            rejects.append(item)
-        else:
-            yield item
+    return {
+        **counts,
+        "duplicates": manifest.rows - len(seen),
+        "rejected": len(rejects),
+        "shards": count,
+        "bytes": sum(s.bytes for s in manifest.shards),
+    }
 
 
 def _rejects_file(source: str, rejects: list[Reject]) -> bytes:
-    columns = [[source] * len(rejects), [r.record for r in rejects], [r.reason for r in rejects]]
+    columns = [[source] * len(rejects), [number for number, _ in rejects], [reason for _, reason in rejects]]
     sink = io.BytesIO()
     pq.write_table(pa.table(columns, schema=REJECTS.schema()), sink, compression="zstd")
     return sink.getvalue()
 
 
-def _columns(rows: list[EncodedSample]) -> dict[str, list[object]]:
+def sample_columns(rows: list[EncodedSample]) -> dict[str, list[object]]:
+    """The columns of some samples' rows."""
     return {
         "sample_id": [r.sample_id for r in rows],
         "record": [r.record for r in rows],

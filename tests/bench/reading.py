@@ -13,13 +13,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline.activations import decode_activation, encode_activation
+from pipeline.activations import decode_activation, encode_activation, pack
 from pipeline.shards import fold_manifest, read_shard, rows_of, write_shard
 from pipeline.store import Store
 from pipeline.targets import decode, encode_draws
 from schemas.artifacts import ArtifactRef
 from schemas.config import ActivationType, CacheConfig, TapsConfig
-from schemas.tables import targets_table
+from schemas.tables import STATISTICS, targets_table
 
 SAMPLES, TOKENS, WIDTH, VOCABULARY, LAYERS = 64, 256, 2560, 51200, (0, 4)
 REPEATS = 5
@@ -36,12 +36,9 @@ def columns(cache: CacheConfig) -> dict[str, list[object]]:
         for layer in LAYERS:
             for part in ("input", "output"):
                 value = torch.from_numpy(generator.standard_normal((TOKENS, WIDTH), np.float32))
-                row |= encode_activation(f"tap_{layer}_{part}", value, cache.taps.dtype)
+                row |= encode_activation(f"tap_{layer}_{part}", pack(value, cache.taps.dtype))
         rows.append(row)
     return {name: [row[name] for row in rows] for name in rows[0]}
-
-
-STATISTICS = {"lse": "<f4", "gold_logprob": "<f2", "entropy": "<f2"}
 
 
 def seconds(work: Callable[[], object]) -> float:

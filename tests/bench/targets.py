@@ -21,9 +21,10 @@ from pipeline.data.encoding import Encoder, read_image
 from pipeline.losses import full_kl, target_kl
 from pipeline.models import body, head, load_model, load_processor
 from pipeline.ops.opset import TORCH
+from pipeline.store import Store
 from pipeline.student import build_student
 from pipeline.surgery import trainable_names
-from pipeline.targets import SparseTargets, Targets, TopTargets, decode, encode, entropy, extract, uniforms
+from pipeline.targets import SparseTargets, Targets, TopTargets, decode, encode, entropy, extract, logprobs, uniforms
 from schemas.config import FinalHiddenTargets, Positions, SampledTargets, TargetsConfig, TopKTargets
 from schemas.layers import LayerPlan
 
@@ -64,10 +65,11 @@ class Chosen:
         chance = np.concatenate(
             [uniforms(s.sample_id, 0, len(s.input_ids), 50)[p] for s, p in zip(self.samples, self.places, strict=True)]
         )
-        kept = extract(config, logits, hidden, torch.from_numpy(chance))
+        own = logprobs(logits, config.temperature)
+        kept = extract(config, own, hidden, torch.from_numpy(chance))
         row = {**encode(config, kept, logits.shape[1]), "positions": len(logits)}
         size = sum(len(v) for k, v in row.items() if isinstance(v, bytes))
-        row["entropy"] = entropy(logits, config.temperature).numpy().astype("<f2").tobytes()
+        row["entropy"] = entropy(own).numpy().astype("<f2").tobytes()
         return decode(config, [row]), size / len(logits)
 
 
@@ -80,7 +82,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_split(Path(folder) / "train.json", "train", count, 0)
         encoder = Encoder(processor, 128)
-        samples = [encoder.encode(c, read_image(c, folder)) for c in read_conversations(f"{folder}/train.json")]
+        samples = [encoder.encode(c, read_image(c, Store(folder))) for c in read_conversations(f"{folder}/train.json")]
     ids, mask = pad_tokens([s.input_ids for s in samples], 0)
     inputs = {
         "input_ids": ids,

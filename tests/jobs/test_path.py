@@ -61,7 +61,7 @@ def finished(settings: dict[str, Any], _ray: None) -> RunConfig:
 
 
 def record(run: RunConfig, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(Store(run.store).read(run.ref(name).record_path))
+    found: dict[str, Any] = json.loads(Store(run.store.url).read(run.ref(name).record_path))
     return found
 
 
@@ -92,7 +92,7 @@ def kill_when(process: subprocess.Popen[bytes], folder: Path, pattern: str) -> N
 def copied(settings: dict[str, Any], run: RunConfig, kinds: tuple[str, ...], store: Path) -> dict[str, Any]:
     """The same run in a fresh store that holds only the named stages' artifacts."""
     for kind in kinds:
-        source = Path(run.store) / str(run.ref(kind))
+        source = Path(run.store.url) / str(run.ref(kind))
         target = store / str(run.ref(kind))
         target.parent.mkdir(parents=True)
         subprocess.run(["cp", "-r", str(source), str(target)], check=True)
@@ -100,7 +100,7 @@ def copied(settings: dict[str, Any], run: RunConfig, kinds: tuple[str, ...], sto
 
 
 def files_of(run: RunConfig, name: str, pattern: str) -> dict[str, bytes]:
-    folder = Path(run.store) / str(run.ref(name))
+    folder = Path(run.store.url) / str(run.ref(name))
     return {p.name: p.read_bytes() for p in sorted(folder.glob(pattern))}
 
 
@@ -178,7 +178,7 @@ def test_records_hold_identity_inputs_and_provenance_without_paths(finished: Run
         "targets": "stored",
     }
     assert found["provenance"]["seconds"] > 0
-    assert finished.store not in json.dumps(found["identity"])
+    assert finished.store.url not in json.dumps(found["identity"])
     assert found["result"]["samples"] == 40
 
 
@@ -197,7 +197,7 @@ def test_evaluation_counts_every_question_once(finished: RunConfig) -> None:
 def test_exported_folder_gives_equal_logits_in_a_fresh_process(finished: RunConfig, tmp_path: Path) -> None:
     from jobs.export import merged_student
 
-    folder = Path(finished.store) / str(finished.ref("export"))
+    folder = Path(finished.store.url) / str(finished.ref("export"))
     ids = torch.arange(4, 44)[None]
     code = f"""
 import torch
@@ -211,7 +211,7 @@ torch.save(model(input_ids=torch.arange(4, 44)[None]).logits, {str(tmp_path / "l
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     fresh = torch.load(tmp_path / "logits.pt", weights_only=True)
     with torch.no_grad():
-        expected = merged_student(Store(finished.store), finished).float()(input_ids=ids).logits
+        expected = merged_student(Store(finished.store.url), finished).float()(input_ids=ids).logits
     torch.testing.assert_close(fresh, expected, rtol=FLOAT32_LOGITS, atol=FLOAT32_LOGITS)
     assert record(finished, "export")["result"]["logit_difference"] == 0
 

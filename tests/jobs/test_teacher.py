@@ -1,6 +1,7 @@
 """The shipped teacher on real test scenes: it answers, and its attention layers are needed for that."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +9,20 @@ import pytest
 import torch
 
 from jobs.demo.data import write_split
-from pipeline.data.collate import pad_tokens, pixel_values
+from pipeline.capture import PreparedSample, Teacher
+from pipeline.data.collate import pad_tokens, pixel_values, target_positions
 from pipeline.data.encoding import Encoder
 from pipeline.evaluation import Question, answer, read_questions, score
-from pipeline.models import body, decoder, load_model, load_processor
+from pipeline.losses import full_kl, target_kl
+from pipeline.models import body, decoder, head, load_model, load_processor
 from pipeline.ops.opset import TORCH
 from pipeline.student import build_student
 from pipeline.taps import recorded
-from schemas.config import EvaluateConfig
+from pipeline.targets import decode
+from schemas.config import CacheConfig, EvaluateConfig, SampledTargets
 from schemas.layers import LayerPlan
 from tests.bench.initialisation import error
+from tests.tolerances import FLOAT32_LOGITS
 
 TEACHER = "jobs/demo/teacher"
 
@@ -66,6 +71,43 @@ def test_mimic_starts_nearer_to_the_teacher_than_matvlm_in_every_layer(questions
         )
         assert from_taps < 1 < matvlm
         assert from_taps < from_weights < matvlm
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_mean_gradient_of_the_cached_draws_converges_to_that_of_the_whole_distribution(
+    questions: list[Question], temperature: float
+) -> None:
+    seeds, draws = 64, 50
+    processor, rows, z = load_processor(TEACHER), [q.sample for q in questions[:6]], []
+    pixels = pixel_values(processor, [row.image for row in rows])
+    assert pixels is not None
+    samples = [PreparedSample(row, p) for row, p in zip(rows, pixels.numpy(), strict=True)]
+    config = CacheConfig(targets=SampledTargets(draws=draws, temperature=temperature), positions="text")
+    teacher = Teacher(TEACHER, config, (), "cpu", 6)
+    with torch.no_grad():
+        hidden_BLD = body(teacher.model)(**teacher.inputs(samples), use_cache=False).last_hidden_state
+        for row, s in zip(hidden_BLD, samples, strict=True):
+            places = target_positions("text", s.sample.spans, s.sample.input_ids, processor.image_token_id)
+            z.append(head(teacher.model)(row[torch.from_numpy(places)]))
+    logits = torch.cat(z)
+    student = (logits + torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    loss = temperature**2 * full_kl(logits / temperature, student / temperature).sum()
+    (exact,) = torch.autograd.grad(loss, student)
+    mean = torch.zeros_like(exact)
+    for seed in range(seeds):
+        teacher.config = config.model_copy(update={"seed": seed})
+        columns = teacher.capture(samples)
+        found = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        sampled = target_kl(student, torch.nn.Identity(), decode(config.targets, found), temperature)
+        mean += torch.autograd.grad(sampled, student)[0] / seeds
+    # The gradient is T (q - count / N), so its mean's error is that of shares estimated from n draws (Bernstein 1924)
+    n, p = seeds * draws, torch.softmax(logits / temperature, -1)
+    chance = math.log(2 * p.numel() / 1e-6)  # all entries hold together but once in a million
+    bound = chance / (3 * n) + ((chance / (3 * n)) ** 2 + 2 * p * (1 - p) * chance / n).sqrt()
+    off = (mean - exact) / temperature
+    assert (off.abs() <= bound + FLOAT32_LOGITS).all()
+    # and as a whole it is what n draws leave, no more: over a thousand positions the sum strays by some per cent
+    assert float(off.square().sum() / (p * (1 - p) / n).sum()) == pytest.approx(1, abs=0.25)
 
 
 def test_group_that_records_lack_is_named(tmp_path: Path) -> None:

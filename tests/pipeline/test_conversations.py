@@ -9,8 +9,10 @@ import pytest
 
 from jobs.demo import teacher_model
 from pipeline.data.collate import pad_tokens, predicting_positions
-from pipeline.data.conversations import Conversation, Turn, each_conversation, parse, read_conversations
+from pipeline.data.conversations import Conversation, Turn, parse, part_conversations, read_conversations
 from pipeline.data.encoding import Encoder, read_image
+from pipeline.data.records import parts
+from pipeline.store import Store
 from schemas.errors import SampleInvalid
 
 GOOD = {
@@ -56,7 +58,7 @@ def test_unusable_record_is_named_by_file_record_and_field(record: Any, says: li
     [
         ("a.json", "[]", "the data set is empty"),
         ("a.jsonl", "\n", "the data set is empty"),
-        ("a.json", "{", "cannot be read as JSON"),
+        ("a.json", "[{", "cannot be read as JSON"),
         ("a.json", "{}", "expected a JSON list"),
     ],
 )
@@ -82,10 +84,10 @@ def test_json_and_json_lines_hold_the_same_conversations(tmp_path: Path) -> None
 def test_missing_and_undecodable_images_are_named(tmp_path: Path) -> None:
     conversation = parse(GOOD, "data.json", 0)
     with pytest.raises(SampleInvalid, match=r"data\.json: record a: image: .*a\.png: No such file"):
-        read_image(conversation, str(tmp_path))
+        read_image(conversation, Store(str(tmp_path)))
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
     with pytest.raises(SampleInvalid, match=r"record a: image: .*a\.png: cannot be decoded"):
-        read_image(conversation, str(tmp_path))
+        read_image(conversation, Store(str(tmp_path)))
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +166,7 @@ def test_parquet_with_image_bytes_holds_the_same_conversations(tmp_path: Path) -
         assert [c.turns for c in found] == listed
         assert {c.image for c in found} == {b"\x89PNG"}
         with pytest.raises(SampleInvalid, match="record 0: image: cannot be decoded"):
-            read_image(found[0], str(tmp_path))
+            read_image(found[0], Store(str(tmp_path)))
     (tmp_path / "c.parquet").write_text("no parquet")
     with pytest.raises(SampleInvalid, match="cannot be read as Parquet"):
         list(read_conversations(str(tmp_path / "c.parquet")))
@@ -173,9 +175,11 @@ def test_parquet_with_image_bytes_holds_the_same_conversations(tmp_path: Path) -
 def test_bad_records_among_good_ones_come_as_errors(tmp_path: Path) -> None:
     good = json.dumps(changed(image=None, conversations=CHAT))
     (tmp_path / "a.jsonl").write_text(f"{good}\n{{broken\n{json.dumps(changed(image=7))}\n{good}\n")
-    found = list(each_conversation(str(tmp_path / "a.jsonl")))
+    path = str(tmp_path / "a.jsonl")
+    (part,) = parts(path, 8)
+    found = part_conversations(path, part)
     assert [type(item).__name__ for item in found] == ["Conversation", "SampleInvalid", "SampleInvalid", "Conversation"]
-    assert "a.jsonl: line 2: cannot be read as JSON" in str(found[1])
+    assert "a.jsonl: record 1: cannot be read as JSON" in str(found[1])
     assert "expected a path" in str(found[2])
 
 

@@ -2,11 +2,22 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.activations import decode_activation, encode_activation
+from pipeline.activations import decode_activation, encode_activation, pack
 from pipeline.data.collate import target_positions
 from pipeline.losses import full_kl, gold_cross_entropy, layer_loss, sampled_kl, target_kl
 from pipeline.taps import is_tapped
-from pipeline.targets import SparseTargets, Targets, decode, draw, encode, encode_draws, entropy, extract, uniforms
+from pipeline.targets import (
+    SparseTargets,
+    Targets,
+    decode,
+    draw,
+    encode,
+    encode_draws,
+    entropy,
+    extract,
+    logprobs,
+    uniforms,
+)
 from schemas.config import FinalHiddenTargets, SampledTargets, TargetsConfig, TopKTargets
 from tests.tolerances import BFLOAT16_RELATIVE, FLOAT16_LOGPROB, FP8_NORM, FP8_RELATIVE, SIGMAS
 
@@ -17,10 +28,10 @@ def logits(positions: int = 3, vocabulary: int = 11, seed: int = 0) -> torch.Ten
 
 def targets_of(z: torch.Tensor, draws: int, temperature: float = 1.0, seed: int = 0) -> SparseTargets:
     u = np.concatenate([uniforms(f"s{i}", seed, 1, draws) for i in range(len(z))])
-    ids = draw(z, torch.from_numpy(u), temperature)
+    ids = draw(logprobs(z, temperature), torch.from_numpy(u))
     row = {
         **encode_draws(ids.numpy(), z.shape[1]),
-        "entropy": entropy(z, temperature).numpy().astype("<f2").tobytes(),
+        "entropy": entropy(logprobs(z, temperature)).numpy().astype("<f2").tobytes(),
     }
     found = decode(SampledTargets(draws=min(draws, 255)), [row])
     assert isinstance(found, SparseTargets)
@@ -31,12 +42,12 @@ def targets_of(z: torch.Tensor, draws: int, temperature: float = 1.0, seed: int 
 def test_draws_follow_the_teachers_distribution(temperature: float) -> None:
     z, n = logits(), 40_000
     u = torch.from_numpy(np.random.default_rng(0).random((3, n)))
-    ids = draw(z, u, temperature)
+    ids = draw(logprobs(z, temperature), u)
     p = torch.softmax(z / temperature, -1)
     for row in range(3):
         share = torch.bincount(ids[row], minlength=11) / n
         assert ((share - p[row]).abs() <= SIGMAS * (p[row] * (1 - p[row]) / n).sqrt()).all()
-    torch.testing.assert_close(entropy(z, temperature), -(p * p.log()).sum(-1))
+    torch.testing.assert_close(entropy(logprobs(z, temperature)), -(p * p.log()).sum(-1))
 
 
 def test_draws_depend_on_sample_position_and_seed_only() -> None:
@@ -124,7 +135,7 @@ def spiked(tokens: int = 6, width: int = 256) -> torch.Tensor:
 
 def test_bfloat16_activations_keep_eight_bits() -> None:
     value = spiked()
-    row = encode_activation("tap", value, "bfloat16")
+    row = encode_activation("tap", pack(value, "bfloat16"))
     assert {k: len(v) for k, v in row.items()} == {"tap": 6 * 256 * 2}
     back = decode_activation("tap", row, 6, "bfloat16")
     assert torch.equal(back.values, value.to(torch.bfloat16))
@@ -133,7 +144,7 @@ def test_bfloat16_activations_keep_eight_bits() -> None:
 
 def test_float8_activations_survive_spikes_zeros_and_tiny_tokens() -> None:
     value = torch.cat([spiked(), 1e-20 * spiked()])
-    row = encode_activation("tap", value, "fp8_e4m3")
+    row = encode_activation("tap", pack(value, "fp8_e4m3"))
     assert {k: len(v) for k, v in row.items()} == {"tap": 12 * 256, "tap_scale": 12 * 4}
     back = decode_activation("tap", row, 12, "fp8_e4m3").wide()
     assert torch.equal(back[1], torch.zeros(256))
@@ -158,7 +169,7 @@ def test_top_k_keeps_the_most_probable_tokens_unnormalised(vocabulary: int) -> N
 
 def roundtrip(config: TargetsConfig, z: torch.Tensor, hidden: torch.Tensor | None = None) -> Targets:
     """Targets of the same positions twice, as two rows of the table."""
-    kept = extract(config, z, torch.zeros(len(z), 4) if hidden is None else hidden, None)
+    kept = extract(config, logprobs(z, config.temperature), torch.zeros(len(z), 4) if hidden is None else hidden, None)
     row = {**encode(config, kept, z.shape[1]), "positions": len(z)}
     return decode(config, [row, row])
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,13 +22,14 @@ import pipeline.capture
 import pipeline.store
 from jobs import cache, distill, prepare
 from jobs.stages import layer_plan, open_store, tapped_layers, teacher_path
+from pipeline.activations import decode_activation
 from pipeline.data.collate import pad_tokens
 from pipeline.losses import full_kl, target_kl
 from pipeline.mixer import Mamba2Mixer
 from pipeline.models import body, decoder, head, load_model, load_processor
 from pipeline.ops.opset import TORCH
 from pipeline.shards import column_bytes, fold_manifest, read_manifest, read_shard, uncommitted
-from pipeline.stage import Stage, run_stage
+from pipeline.stage import Stage, require, run_stage
 from pipeline.store import Store
 from pipeline.student import build_student
 from pipeline.taps import recorded
@@ -36,10 +38,10 @@ from pipeline.training.loop import Worker
 from pipeline.training.recompute import TeacherLayers
 from schemas.config import AlignPhase, DistillPhase, RunConfig
 from schemas.errors import ConfigInvalid
-from schemas.tables import targets_table
+from schemas.tables import STATISTICS, targets_table
 from tests.decoders import FAMILIES, build, tokens
 from tests.flaky import FlakyFileSystem
-from tests.tolerances import BFLOAT16_RELATIVE, FLOAT32_LOGITS
+from tests.tolerances import BFLOAT16_RELATIVE, FLOAT16_LOGPROB, FLOAT32_LOGITS
 
 WORKER = Worker(0, 1, torch.device("cpu"))
 RunOf = Callable[..., RunConfig]
@@ -200,7 +202,7 @@ def test_batch_holds_what_the_teacher_said(run_of: RunOf) -> None:
 def test_another_batch_size_draws_the_same_ids(run_of: RunOf, tmp_path: Path) -> None:
     run = run_of()
     store = make_cache(run)
-    again = run_of(store=str(tmp_path / "again"), placement={"cache": {"batch": 1}})
+    again = run_of(store=str(tmp_path / "again"), placement={"prepare": {"workers": 0}, "cache": {"batch": 1}})
     other = make_cache(again)
     for shard in read_manifest(store, run.ref("cache")).shards:
         one, two = (pq.read_table(s.path(f"{run.ref('cache')}/{shard.name}")) for s in (store, other))
@@ -423,3 +425,62 @@ def test_two_writers_of_one_cache_at_the_same_time_do_no_harm(run_of: RunOf, tmp
         assert one.equals(two)
     left = [p.name for p in Path(store.path(str(job.targets))).iterdir()]
     assert sorted(left) == sorted([*(s.name for s in manifest.shards), "manifest.json"])
+
+
+def test_rejects_survive_a_kill_and_a_shard_of_nothing_else_is_no_obstacle(
+    run_of: RunOf, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    records = json.loads(Path(settings["prepare"]["data"]).read_text())[:12]
+    for record in records[4:8]:  # the second of three parts
+        record["image"] = "nowhere.png"
+    records[9]["conversations"] = []
+    data = tmp_path / "some.json"
+    data.write_text(json.dumps(records))
+    run = run_of(prepare={**settings["prepare"], "data": str(data), "on_bad_sample": "skip"})
+    store = make_cache(run)
+    manifest, done = read_manifest(store, run.ref("prepare")), require(store, run.ref("prepare"))
+    assert manifest.shard_rows == (4, 0, 3)
+    assert (done.result["samples"], done.result["rejected"], done.result["shards"]) == (7, 5, 3)
+    folder = Path(store.path(str(run.ref("prepare"))))
+    rejects = pq.read_table(folder / "rejects.parquet").to_pylist()
+    assert [r["record"] for r in rejects] == [4, 5, 6, 7, 9]
+    assert rejects[0]["file"] == str(data)
+    assert rejects[0]["reason"].endswith("image: nowhere.png: No such file or directory")
+    assert str(tmp_path) not in rejects[0]["reason"]
+    before = {p.name: p.read_bytes() for p in folder.glob("*.parquet")}
+    for name in ("record.json", "rejects.parquet", "shard-000002.parquet"):
+        (folder / name).unlink()
+    run_stage(store, prepare.stage(run))
+    assert {p.name: p.read_bytes() for p in folder.glob("*.parquet")} == before
+    assert require(store, run.ref("prepare")).result == done.result
+    assert all(bool(t.isfinite().all()) for t in train(run).values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("taps", ["bfloat16", "fp8_e4m3"])
+@pytest.mark.parametrize("kind", ["sampled", "top_k", "final_hidden"])
+def test_cache_from_a_gpu_is_the_cpus_up_to_rounding(run_of: RunOf, tmp_path: Path, kind: str, taps: str) -> None:
+    section = {"targets": {"kind": kind}, "positions": "all", "taps": {"fraction": 0.5, "dtype": taps}}
+    here, there = (
+        run_of(store=str(tmp_path / device), cache=section, placement={"device": device, "prepare": {"workers": 0}})
+        for device in ("cpu", "cuda")
+    )
+    table, ref = targets_table(here.cache, tapped_layers(here)), here.ref("cache")
+    mine, theirs = make_cache(here), make_cache(there)
+    for info, other in zip(read_manifest(mine, ref).shards, read_manifest(theirs, ref).shards, strict=True):
+        one, two = (read_shard(s, ref, table, i).to_pylist() for s, i in ((mine, info), (theirs, other)))
+        for a, b in zip(one, two, strict=True):
+            # a draw changes where rounding moves the distribution across it: one of a million
+            assert all(a.get(name) == b.get(name) for name in ("sample_id", "positions", "ids", "counts", "n_unique"))
+            for name, dtype in {**STATISTICS, "logprobs": "<f2"}.items():
+                values = [
+                    torch.from_numpy(np.frombuffer(row[name], dtype).astype("f4")) for row in (a, b) if name in row
+                ]
+                if values:
+                    torch.testing.assert_close(*values, rtol=2 * FLOAT16_LOGPROB, atol=FLOAT32_LOGITS)
+            for name in (n for n in a if n.startswith("tap_") and not n.endswith("_scale") and a[n] is not None):
+                values = [
+                    decode_activation(name, row, len(a[name]) // 32 // (2 if taps == "bfloat16" else 1), taps).wide()
+                    for row in (a, b)
+                ]  # type: ignore[arg-type]
+                assert float((values[0] - values[1]).norm() / values[0].norm()) < BFLOAT16_RELATIVE

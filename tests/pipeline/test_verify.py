@@ -37,7 +37,7 @@ def run(tiny_teacher: Path, scenes_folder: Path, tmp_path_factory: pytest.TempPa
 
 
 def objects(run: RunConfig) -> list[Path]:
-    return sorted(p for p in Path(run.store).rglob("*") if p.is_file())
+    return sorted(p for p in Path(run.store.url).rglob("*") if p.is_file())
 
 
 def test_sound_artifacts_have_no_problems(run: RunConfig) -> None:
@@ -67,7 +67,7 @@ def test_every_flipped_byte_is_found_and_its_object_named(run: RunConfig) -> Non
 
 
 def test_damage_in_several_artifacts_is_found_in_one_go(run: RunConfig) -> None:
-    victims = [Path(run.store) / str(run.ref(kind)) / "shard-000000.parquet" for kind in ("prepare", "cache")]
+    victims = [Path(run.store.url) / str(run.ref(kind)) / "shard-000000.parquet" for kind in ("prepare", "cache")]
     originals = [path.read_bytes() for path in victims]
     for path, data in zip(victims, originals, strict=True):
         path.write_bytes(data[:100])
@@ -81,7 +81,7 @@ def test_damage_in_several_artifacts_is_found_in_one_go(run: RunConfig) -> None:
 
 
 def test_missing_and_strange_objects_are_found(run: RunConfig) -> None:
-    folder = Path(run.store) / str(run.ref("cache"))
+    folder = Path(run.store.url) / str(run.ref("cache"))
     victim, stray = folder / "shard-000001.parquet", folder / "shard-000099.parquet"
     data = victim.read_bytes()
     stray.write_bytes(victim.read_bytes())
@@ -110,7 +110,7 @@ def test_wrong_values_under_right_digests_are_found(
     run: RunConfig, tmp_path: Path, column: str, value: Any, says: str
 ) -> None:
     """What a faulty writer would leave: every digest agrees, the values do not make sense."""
-    store, ref = Store(run.store), run.ref("cache")
+    store, ref = Store(run.store.url), run.ref("cache")
     table = targets_table(run.cache, (0,))
     rows = pq.read_table(store.path(f"{ref}/shard-000000.parquet")).to_pydict()
     place = next(i for i, v in enumerate(rows[column]) if v is not None)
@@ -130,7 +130,7 @@ def test_wrong_values_under_right_digests_are_found(
 
 
 def test_repair_leaves_just_the_damaged_shard_to_be_made_again(run: RunConfig) -> None:
-    store, ref = Store(run.store), run.ref("cache")
+    store, ref = Store(run.store.url), run.ref("cache")
     before = {p: p.read_bytes() for p in objects(run) if "cache" in str(p)}
     times = {p: p.stat().st_mtime_ns for p in before}
     victim = Path(store.path(f"{ref}/shard-000001.parquet"))
@@ -149,7 +149,7 @@ def test_repair_leaves_just_the_damaged_shard_to_be_made_again(run: RunConfig) -
 
 
 def test_other_readers_see_plain_types(run: RunConfig) -> None:
-    shard = Store(run.store).path(f"{run.ref('cache')}/shard-000000.parquet")
+    shard = Store(run.store.url).path(f"{run.ref('cache')}/shard-000000.parquet")
     plain = {"VARCHAR", "INTEGER", "BIGINT", "BLOB"}
     described = duckdb.sql(f"describe select * from '{shard}'").fetchall()
     assert {name for name, *_ in described} == set(pq.read_schema(shard).names)
