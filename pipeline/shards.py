@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pydantic
 
 from pipeline.store import Store
 from schemas.artifacts import RECORD, ArtifactRef
@@ -180,8 +181,19 @@ def file_digest(store: Store, name: str) -> str:
 
 
 def read_manifest(store: Store, ref: ArtifactRef) -> Manifest:
-    """The manifest of a finished artifact."""
-    return Manifest.model_validate_json(store.read(f"{ref}/{MANIFEST}"))
+    """The manifest of a finished artifact.
+
+    Raises:
+        ShardCorrupt: it is damaged.
+    """
+    try:
+        return Manifest.model_validate_json(store.read(f"{ref}/{MANIFEST}"))
+    except pydantic.ValidationError as error:
+        where = store.path(f"{ref}/{MANIFEST}")
+        raise ShardCorrupt(
+            f"{where}: is not a manifest: {_line(error)}; remove it and the {RECORD} beside it, "
+            f"then run `decant {ref.kind} RUN.yaml`"
+        ) from None
 
 
 def column_bytes(store: Store, ref: ArtifactRef, manifest: Manifest) -> dict[str, int]:
