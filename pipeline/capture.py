@@ -1,6 +1,6 @@
 """The teacher's side: one forward a sample, leaving the columns of the ``targets`` table."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,12 @@ class PreparedSample:
 
     sample: EncodedSample
     pixels: np.ndarray | None
+
+
+def paired(samples: Sequence[EncodedSample], pixels: Iterable[np.ndarray]) -> list[PreparedSample]:
+    """The samples with their pixel values, of which there is one [pixels] for each that has an image, in order."""
+    images = iter(pixels)
+    return [PreparedSample(s, None if s.image is None else next(images)) for s in samples]
 
 
 class Teacher:
