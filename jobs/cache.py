@@ -18,7 +18,7 @@ from cluster.placement import check_fits
 from cluster.session import session
 from jobs.progress import Progress
 from jobs.stages import layer_plan, resolved, store_of, tapped_layers, teacher_digests, teacher_path
-from pipeline.capture import PreparedSample, Teacher
+from pipeline.capture import Teacher, paired
 from pipeline.data.collate import pixel_values
 from pipeline.data.samples import decode_samples
 from pipeline.folders import text_config
@@ -209,8 +209,6 @@ class TeacherActor:
         index = row["shard"][0].as_py()
         samples = _read_samples(self.job, index)
         pixels = np.frombuffer(row["pixels"][0].as_buffer(), np.float32).reshape(row["shape"][0].as_py())
-        images = iter(pixels)
-        prepared = [PreparedSample(s, None if s.image is None else next(images)) for s in samples]
-        columns = self.teacher.columns(self.device.submit(self.teacher.forward, prepared).result())
+        columns = self.teacher.columns(self.device.submit(self.teacher.forward, paired(samples, pixels)).result())
         write_shard(self.store, self.job.targets, self.teacher.table, index, columns, self.job.fingerprint)
         return pa.table({"shard": [index], "rows": [len(samples)]})

@@ -73,19 +73,37 @@ for _name, _text in STAGES.items():
 @app.command()
 def inspect(
     run_file: RunFile,
+    artifact: Annotated[
+        str | None, typer.Argument(help="A stage, or KIND/NAME@VERSION, to describe.", metavar="[ARTIFACT]")
+    ] = None,
     set_: Overrides = None,
     dry_run: DryRun = False,
+    picture: Annotated[
+        Path | None, typer.Option(help="Write the histograms as a picture (.png or .svg).", metavar="FILE")
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Check every byte and value of what is finished.")] = False,
-    repair: Annotated[bool, typer.Option("--repair", help="Remove what is damaged, to be made again.")] = False,
+    audit: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Run the teacher again on this share of the cache's rows.", metavar="FRACTION"),
+    ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Remove what is found to be wrong, to be made again.")
+    ] = False,
 ) -> None:
-    """Show what is on disk of each stage of a run, with its result; or verify it."""
+    """List the store's artifacts, describe one, verify the run's own, or audit its cache."""
     with _readable_errors():
-        from jobs.inspect import show, verify_run
+        from jobs.inspect import inspect as run
 
-        if verify or repair:
-            verify_run(_load(run_file, set_), out, repair=repair and not dry_run)
-            return
-        show(_load(run_file, set_), out, details=not dry_run)
+        run(
+            _load(run_file, set_),
+            out,
+            artifact=artifact,
+            check=verify,
+            fraction=audit,
+            repair=repair,
+            picture=picture,
+            dry_run=dry_run,
+        )
 
 
 @app.command("import-matvlm")

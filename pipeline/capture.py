@@ -6,7 +6,7 @@ What the GPU does is queued by ``forward``, copies to pinned memory included, an
 Shapes: B samples of one forward, L tokens, D hidden size, P positions of all of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,12 @@ class PreparedSample:
 
     sample: EncodedSample
     pixels: np.ndarray | None
+
+
+def paired(samples: Sequence[EncodedSample], pixels: Iterable[np.ndarray]) -> list[PreparedSample]:
+    """The samples with their pixel values, of which there is one [pixels] for each that has an image, in order."""
+    images = iter(pixels)
+    return [PreparedSample(s, None if s.image is None else next(images)) for s in samples]
 
 
 @dataclass(frozen=True)

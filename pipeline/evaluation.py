@@ -128,7 +128,8 @@ def proportion(hits: int, n: int) -> dict[str, Any]:
     p = hits / n
     centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
-    return {"value": p, "n": n, "ci95": [max(0.0, centre - half), min(1.0, centre + half)]}
+    # at 0 and 1 the interval ends at the proportion, which rounding must not put outside
+    return {"value": p, "n": n, "ci95": [max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))]}
 
 
 @torch.no_grad()

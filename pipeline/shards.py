@@ -5,10 +5,11 @@ The same rows give the same bytes: no time, host or order of writing enters a sh
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pydantic
 
 from pipeline.store import Store
 from schemas.artifacts import RECORD, ArtifactRef
@@ -16,13 +17,15 @@ from schemas.errors import ShardCorrupt
 from schemas.manifest import MANIFEST, Manifest, ShardInfo, missing_shards, shard_name
 from schemas.tables import Table
 
+Columns = Mapping[str, Sequence[object] | pa.Array]
+
 
 def write_shard(
     store: Store,
     ref: ArtifactRef,
     table: Table,
     index: int,
-    columns: Mapping[str, Sequence[object] | pa.Array],
+    columns: Columns,
     fingerprint: str,
     notes: Mapping[str, str] | None = None,
 ) -> None:
@@ -30,8 +33,27 @@ def write_shard(
 
     ``notes`` are what else is to be known of the shard; they stand in its footer.
     """
+    store.write_by(
+        f"{ref}/{shard_name(index)}", lambda file: encode_shard(file, table, index, columns, fingerprint, notes)
+    )
+
+
+def as_rows(table: Table, columns: Columns) -> pa.Table:
+    """The columns as an Arrow table of their types."""
     schema = table.schema()
-    data = pa.table({name: pa.array(columns[name], schema.field(name).type) for name in schema.names}, schema=schema)
+    return pa.table({name: pa.array(columns[name], schema.field(name).type) for name in schema.names}, schema=schema)
+
+
+def encode_shard(
+    file: BinaryIO,
+    table: Table,
+    index: int,
+    columns: Columns,
+    fingerprint: str,
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a shard as it is committed."""
+    data = as_rows(table, columns)
     footer = {
         "decant.table": table.name,
         "decant.version": str(table.version),
@@ -42,11 +64,7 @@ def write_shard(
         **{f"decant.{name}": value for name, value in (notes or {}).items()},
     }
     compression = {c.name: c.compression for c in table.columns}
-    data = data.replace_schema_metadata(footer)
-    store.write_by(
-        f"{ref}/{shard_name(index)}",
-        lambda file: pq.write_table(data, file, compression=compression, use_dictionary=False),
-    )
+    pq.write_table(data.replace_schema_metadata(footer), file, compression=compression, use_dictionary=False)
 
 
 def checksum(data: pa.Table) -> str:
@@ -191,8 +209,19 @@ def file_digest(store: Store, name: str) -> str:
 
 
 def read_manifest(store: Store, ref: ArtifactRef) -> Manifest:
-    """The manifest of a finished artifact."""
-    return Manifest.model_validate_json(store.read(f"{ref}/{MANIFEST}"))
+    """The manifest of a finished artifact.
+
+    Raises:
+        ShardCorrupt: it is damaged.
+    """
+    try:
+        return Manifest.model_validate_json(store.read(f"{ref}/{MANIFEST}"))
+    except pydantic.ValidationError as error:
+        where = store.path(f"{ref}/{MANIFEST}")
+        raise ShardCorrupt(
+            f"{where}: is not a manifest: {_line(error)}; remove it and the {RECORD} beside it, "
+            f"then run `decant {ref.kind} RUN.yaml`"
+        ) from None
 
 
 def column_bytes(store: Store, ref: ArtifactRef, manifest: Manifest) -> dict[str, int]:

@@ -105,6 +105,12 @@ class Store:
             return []
         return sorted(name for name in (p.rsplit("/", 1)[-1] for p in found) if not name.startswith(".tmp-"))
 
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Sizes in bytes of all committed objects below a folder, by their paths within it, sorted."""
+        found = self.patiently(folder, lambda: self.fs.find(self.path(folder), detail=True, refresh=True))
+        inside = {path.removeprefix(self.path(folder) + "/"): entry["size"] for path, entry in found.items()}
+        return {name: inside[name] for name in sorted(inside) if not name.rsplit("/", 1)[-1].startswith(".tmp-")}
+
     def remove(self, name: str) -> None:
         """Removes an object or a whole folder, if it is there."""
         if self.exists(name):

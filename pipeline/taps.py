@@ -15,8 +15,12 @@ from pipeline.activations import Activation, stored_parts
 
 def is_tapped(sample_id: str, fraction: float, seed: int) -> bool:
     """Whether a sample belongs to the tapped fraction: depends on nothing but itself and the seed."""
-    value = int.from_bytes(hashlib.sha256(f"tap:{seed}:{sample_id}".encode()).digest()[:8], "big")
-    return value < fraction * 2**64
+    return place_of(f"tap:{seed}:{sample_id}") < fraction * 2**64
+
+
+def place_of(text: str) -> int:
+    """A number in [0, 2^64) that depends on nothing but the text, evenly spread over texts."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What identifies a result and what is written beside it."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,12 @@ class ArtifactRef:
 
     def __str__(self) -> str:
         return f"{self.kind}/{self.name}@{self.version}"
+
+    @staticmethod
+    def parse(text: str) -> "ArtifactRef | None":
+        """The artifact that the text spells, None where it spells none."""
+        match = re.fullmatch(r"([a-z-]+)/([A-Za-z0-9._-]+)@([1-9][0-9]*)", text)
+        return ArtifactRef(match[1], match[2], int(match[3])) if match else None
 
     @property
     def record_path(self) -> str:

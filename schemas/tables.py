@@ -10,6 +10,7 @@ from typing import Literal
 
 import pyarrow as pa
 
+from schemas.artifacts import ArtifactRecord
 from schemas.config import CacheConfig, TapsConfig, TargetsConfig
 from schemas.errors import ShardCorrupt
 
@@ -131,3 +132,16 @@ def targets_table(cache: CacheConfig, tapped: Sequence[int]) -> Table:
     )
     taps = tuple(c for layer in tapped for c in tap_columns(layer, cache.taps))
     return Table("targets", 2, columns + taps)
+
+
+def recorded_cache(record: ArtifactRecord) -> tuple[CacheConfig, tuple[int, ...]]:
+    """The settings and tapped layers that a finished cache was made with."""
+    return CacheConfig.model_validate(record.config["cache"]), tuple(record.identity["settings"]["taps"]["layers"])
+
+
+def recorded_table(record: ArtifactRecord) -> Table | None:
+    """The table of a finished artifact's shards, None where its stage leaves other files."""
+    kind = record.ref.partition("/")[0]
+    if kind == "cache":
+        return targets_table(*recorded_cache(record))
+    return SAMPLES if kind == "prepare" else None

@@ -1,35 +1,46 @@
-"""The report's charts as SVG text, drawn by matplotlib."""
+"""Charts drawn by matplotlib: the report's as SVG text, and histograms as a picture file."""
 
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
+
+from pipeline.histograms import Histogram
 
 INK, TEACHER, STUDENT, UNTRAINED = "#24292f", "#57606a", "#0969da", "#d4a72c"
 COLOURS = {"teacher": TEACHER, "student": STUDENT, "student_untrained": UNTRAINED}
 LABELS = {"teacher": "teacher", "student": "distilled student", "student_untrained": "untrained student"}
 
+# Counts further apart than this cannot be seen side by side on a linear axis.
+LINEAR = 100
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    figure, grid = pyplot.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
+    for axes in grid.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, grid[0, 0] if grid.size == 1 else list(grid.flat)
 
 
-def _svg(figure: Any) -> str:
+def _picture(figure: Any, kind: Literal["png", "svg"]) -> bytes:
     import matplotlib
     from matplotlib import pyplot
 
-    sink = io.StringIO()
-    # a fixed salt and no date: the same figures give the same picture
+    sink = io.BytesIO()
+    # a fixed salt, no date and no version: the same figures give the same picture
     with matplotlib.rc_context({"svg.hashsalt": "decant"}):
-        figure.savefig(sink, format="svg", metadata={"Date": None})
+        figure.savefig(sink, format=kind, dpi=150, metadata={"Date" if kind == "svg" else "Software": None})
     pyplot.close(figure)
-    text = sink.getvalue()
+    return sink.getvalue()
+
+
+def _svg(figure: Any) -> str:
+    """The picture to stand in a page, without the file's head."""
+    text = _picture(figure, "svg").decode()
     return text[text.index("<svg") :]
 
 
@@ -87,3 +98,28 @@ def bar_chart(values: dict[str, float], label: str, unit: str, *, log: bool = Fa
     axes.set_xlim(1 if log else 0, max(values.values()) * (6 if log else 1.15))  # room for the figures
     axes.set_xlabel(label)
     return _svg(figure)
+
+
+def histogram_chart(title: str, histograms: Sequence[Histogram], kind: Literal["png", "svg"]) -> bytes:
+    """A picture file of histograms, two beside each other."""
+    rows = -(-len(histograms) // 2)
+    figure, grid = _figure(9.0, 0.4 + 2.6 * rows, rows, 2)
+    figure.suptitle(title, fontsize=10, color=TEACHER)
+    for axes, shown in zip(grid, histograms, strict=False):
+        # bars of whole numbers stand over the numbers, others between their edges
+        shift = 0.5 if shown.whole else 0.0
+        left = [edge - shift for edge in shown.edges[:-1]]
+        widths = [b - a for a, b in zip(shown.edges, shown.edges[1:], strict=False)]
+        axes.bar(left, shown.counts, widths, align="edge", color=STUDENT, edgecolor="white", linewidth=0.6)
+        axes.axvline(shown.median, color=UNTRAINED, linewidth=1.4, label=f"median {shown.median:.4g}")
+        axes.set_xlabel(shown.title)
+        axes.locator_params(axis="x", integer=shown.whole, nbins=8)
+        logarithmic = max(shown.counts) > LINEAR * min(c for c in shown.counts if c)
+        axes.set_ylabel("count, logarithmic" if logarithmic else "count")
+        if logarithmic:
+            axes.set_yscale("log")
+            axes.set_ylim(bottom=0.5)  # a count of 1 has a height
+        axes.legend(frameon=False, fontsize=8)
+    for axes in grid[len(histograms) :]:
+        axes.remove()
+    return _picture(figure, kind)

@@ -139,8 +139,8 @@ def test_second_run_says_that_nothing_is_to_be_done_and_drift_names_the_field(ru
     drift = decant("prepare", str(run_file), "--set", "prepare.shard_rows=8")
     refused(drift, "ArtifactDrift", "settings.shard_rows: 4 -> 8", "tiny@2")
     shown = decant("inspect", str(run_file)).stdout
-    assert re.search(r"prepare\s*│\s*prepare/tiny@1\s*│\s*done", shown)
-    assert re.search(r"cache\s*│\s*cache/tiny@1\s*│\s*not made", shown)
+    assert re.search(r"● prepare/tiny@1 +done +40 +10 ", shown)
+    assert re.search(r"● cache/tiny@1 +not made", shown)
 
 
 def test_demo_refuses_a_bad_setting_before_it_draws_anything(run_file: Path, tmp_path: Path) -> None:

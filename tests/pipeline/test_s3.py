@@ -65,6 +65,7 @@ def test_objects_are_written_listed_read_and_removed() -> None:
     store = Store(f"s3://{BUCKET}/objects")
     assert not store.local
     assert store.names("a@1") == []
+    assert store.sizes("a@1") == {}
     assert not store.exists("a@1/x")
     store.write("a@1/x", b"one")
     store.write("a@1/x", b"another")
@@ -72,6 +73,7 @@ def test_objects_are_written_listed_read_and_removed() -> None:
     assert store.read("a@1/x") == b"another"
     assert store.size("a@1/x") == 7
     assert store.names("a@1") == ["folder", "x"]
+    assert store.sizes("a@1") == {"folder/y": 0, "x": 7}
     assert store.is_file("a@1/x")
     assert not store.is_file("a@1/folder")
     store.remove("a@1")
