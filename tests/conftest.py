@@ -29,6 +29,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=f"needs several CUDA devices; this machine has {gpus}"))
 
 
+# Workers that a test runs in this process set their own number, on which the last bits of sums depend.
+THREADS = torch.get_num_threads()
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> None:
+    """Every test begins with the machine's number of threads, whatever ran before it."""
+    torch.set_num_threads(THREADS)
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     """Uninitialised memory reads as NaN, so that nothing passes by the luck of zeros.
