@@ -5,6 +5,7 @@ teacher actor computes and commits it. Nothing is remembered outside the store: 
 """
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -102,7 +103,12 @@ def _cache(store: Store, job: CacheJob, place: CachePlacement) -> dict[str, Any]
     if todo:
         with session():
             check_fits("cache", place, spare_cpus=DECODE_CPUS)
-            _run_dataset(job, place, todo, sum(samples.shards[i].rows for i in todo))
+            done = 0
+            with Progress("cache", sum(samples.shards[i].rows for i in todo), "samples") as progress:
+                progress.update(done)
+                for rows in committed(job, place, todo):
+                    done += rows
+                    progress.update(done)
     table = targets_table(job.config, job.tapped)
     manifest = fold_manifest(store, job.targets, table, len(samples.shards), job.fingerprint)
     sizes = column_bytes(store, job.targets, manifest)
@@ -121,7 +127,8 @@ def _cache(store: Store, job: CacheJob, place: CachePlacement) -> dict[str, Any]
     }
 
 
-def _run_dataset(job: CacheJob, place: CachePlacement, todo: list[int], rows: int) -> None:
+def committed(job: CacheJob, place: CachePlacement, todo: list[int]) -> Iterator[int]:
+    """Has the shards computed in the session that is running; gives the rows of each as it has been committed."""
     import ray.data
     from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
@@ -151,12 +158,8 @@ def _run_dataset(job: CacheJob, place: CachePlacement, todo: list[int], rows: in
             compute=ActorPoolStrategy(size=workers),
         )
     )
-    done = 0
-    with Progress("cache", rows, "samples") as progress:
-        progress.update(0)
-        for committed in dataset.iter_rows():
-            done += committed["rows"]
-            progress.update(done)
+    for row in dataset.iter_rows():
+        yield row["rows"]
 
 
 @lru_cache(maxsize=1)

@@ -22,6 +22,11 @@ def write_shard(
     store: Store, ref: ArtifactRef, table: Table, index: int, columns: dict[str, list[object]], fingerprint: str
 ) -> None:
     """Commits shard ``index`` of an artifact from column lists (keys: every column of the table)."""
+    store.write(f"{ref}/{shard_name(index)}", shard_bytes(table, index, columns, fingerprint))
+
+
+def shard_bytes(table: Table, index: int, columns: dict[str, list[object]], fingerprint: str) -> bytes:
+    """A shard as it is written."""
     schema = table.schema()
     data = pa.table({name: pa.array(columns[name], schema.field(name).type) for name in schema.names}, schema=schema)
     footer = {
@@ -35,7 +40,7 @@ def write_shard(
     sink = io.BytesIO()
     compression = {c.name: c.compression for c in table.columns}
     pq.write_table(data.replace_schema_metadata(footer), sink, compression=compression, use_dictionary=False)
-    store.write(f"{ref}/{shard_name(index)}", sink.getvalue())
+    return sink.getvalue()
 
 
 def checksum(data: pa.Table) -> str:

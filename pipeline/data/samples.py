@@ -1,7 +1,7 @@
 """The ``prepare`` stage's work: conversations to committed shards of the ``samples`` table."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -67,7 +67,7 @@ def prepare(
     index = 0
     while rows := list(islice(samples, config.shard_rows)):
         if shard_name(index) not in present:
-            write_shard(store, ref, SAMPLES, index, _columns(rows), fingerprint)
+            write_shard(store, ref, SAMPLES, index, sample_columns(rows), fingerprint)
         counts["samples"] += len(rows)
         counts["tokens"] += sum(len(r.input_ids) for r in rows)
         counts["response_tokens"] += sum(r.response_tokens for r in rows)
@@ -101,7 +101,8 @@ def _rejects_file(source: str, rejects: list[Reject]) -> bytes:
     return sink.getvalue()
 
 
-def _columns(rows: list[EncodedSample]) -> dict[str, list[object]]:
+def sample_columns(rows: Sequence[EncodedSample]) -> dict[str, list[object]]:
+    """The columns of a ``samples`` shard."""
     return {
         "sample_id": [r.sample_id for r in rows],
         "record": [r.record for r in rows],
@@ -114,14 +115,14 @@ def _columns(rows: list[EncodedSample]) -> dict[str, list[object]]:
 
 
 def decode_samples(data: pa.Table) -> list[EncodedSample]:
-    """The rows of a ``samples`` shard."""
+    """The rows of a ``samples`` shard, read with or without their images."""
     return [
         EncodedSample(
             row["sample_id"],
             row["record"],
             np.frombuffer(row["input_ids"], "<i4"),
             np.frombuffer(row["spans"], "<i4").reshape(-1, 2),
-            row["image"],
+            row.get("image"),
             truncated=False,
         )
         for row in data.to_pylist()
