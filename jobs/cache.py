@@ -4,6 +4,7 @@ One row of the dataset is one shard: its descriptor goes in, a CPU task adds the
 teacher actor computes and commits it. Nothing is remembered outside the store: a rerun does what is missing there.
 """
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -104,7 +105,12 @@ def _cache(store: Store, job: CacheJob, place: CachePlacement) -> dict[str, Any]
     if todo:
         with session():
             check_fits("cache", place, spare_cpus=DECODE_CPUS)
-            _run_dataset(job, place, todo, sum(samples.shards[i].rows for i in todo))
+            done = 0
+            with Progress("cache", sum(samples.shards[i].rows for i in todo), "samples") as progress:
+                progress.update(done)
+                for rows in committed(job, place, todo):
+                    done += rows
+                    progress.update(done)
     table = targets_table(job.config, job.tapped)
     manifest = fold_manifest(store, job.targets, table, len(samples.shards), job.fingerprint)
     sizes = column_bytes(store, job.targets, manifest)
@@ -123,7 +129,8 @@ def _cache(store: Store, job: CacheJob, place: CachePlacement) -> dict[str, Any]
     }
 
 
-def _run_dataset(job: CacheJob, place: CachePlacement, todo: list[int], rows: int) -> None:
+def committed(job: CacheJob, place: CachePlacement, todo: list[int]) -> Iterator[int]:
+    """Has the shards computed in the session that is running; gives the rows of each as it has been committed."""
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
     dataset = (
@@ -151,12 +158,8 @@ def _run_dataset(job: CacheJob, place: CachePlacement, todo: list[int], rows: in
             ),
         )
     )
-    done = 0
-    with Progress("cache", rows, "samples") as progress:
-        progress.update(0)
-        for committed in dataset.iter_rows():
-            done += committed["rows"]
-            progress.update(done)
+    for row in dataset.iter_rows():
+        yield row["rows"]
 
 
 @lru_cache(maxsize=1)

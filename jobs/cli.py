@@ -106,6 +106,37 @@ def inspect(
         )
 
 
+@app.command()
+def plan(
+    run_file: RunFile,
+    set_: Overrides = None,
+    accelerator: Annotated[str, typer.Option(help="Where the teacher and the training would run.")] = "h100",
+    accelerators: Annotated[
+        Path | None, typer.Option(help="Your table of rates and prices; see jobs/configs/accelerators.yaml.")
+    ] = None,
+    passes: Annotated[
+        float,
+        # two: a student and one ablation of it a month; whoever trains more often gains more from a cache
+        typer.Option(min=0.0, help="Passes of the teacher a month that not caching would take."),
+    ] = 2.0,
+    probe: Annotated[
+        int | None,
+        typer.Option(min=0, help="Samples to run the teacher on here and measure; 0: none.", show_default="if quick"),
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print bytes, seconds and dollars as JSON.")] = False,
+) -> None:
+    """Say what each signal of the teacher would cost to cache, and whether to; writes nothing."""
+    with _readable_errors():
+        run = _load(run_file, set_)
+        from jobs.plan import as_json, make_plan, show
+
+        found = make_plan(run, accelerator, accelerators, passes, probe)
+        if json_:
+            print(as_json(found))
+        else:
+            show(found, out)
+
+
 @app.command("import-matvlm")
 def import_matvlm(
     checkpoint: Annotated[Path, typer.Argument(help="Folder with mamba_config.json and safetensors shards.")],

@@ -4,6 +4,7 @@ The same rows give the same bytes: no time, host or order of writing enters a sh
 """
 
 import hashlib
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
@@ -65,6 +66,13 @@ def encode_shard(
     }
     compression = {c.name: c.compression for c in table.columns}
     pq.write_table(data.replace_schema_metadata(footer), file, compression=compression, use_dictionary=False)
+
+
+def shard_bytes(table: Table, index: int, columns: Columns, fingerprint: str) -> bytes:
+    """A shard that is not committed."""
+    file = io.BytesIO()
+    encode_shard(file, table, index, columns, fingerprint)
+    return file.getvalue()
 
 
 def checksum(data: pa.Table) -> str:

@@ -1,15 +1,17 @@
-"""Reads a run file: YAML plus ``--set`` overrides to a ``RunConfig``, with errors that name file, field and remedy."""
+"""Reads YAML that users write, above all the run file with ``--set`` overrides; errors name file, field and remedy."""
 
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from schemas.config import RunConfig
 from schemas.errors import ConfigInvalid
+
+M = TypeVar("M", bound=BaseModel)
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -18,20 +20,39 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigInvalid: the file is missing or not a mapping, or a field is unknown, missing or out of range.
     """
+    data = read_mapping(path, "run file")
+    for override in overrides:
+        _apply(data, override)
+    return validated(RunConfig, data, path)
+
+
+def read_mapping(path: str | Path, what: str) -> dict[str, Any]:
+    """The mapping in a YAML file; ``what`` names the kind of file in errors.
+
+    Raises:
+        ConfigInvalid: the file is missing or not a mapping.
+    """
     try:
         data = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
-        raise ConfigInvalid(f"{path}: no such run file; `jobs/configs/` has examples") from None
+        raise ConfigInvalid(f"{path}: no such {what}; `jobs/configs/` has examples") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigInvalid(f"{path}: cannot be read as YAML: {error}") from None
     if not isinstance(data, dict):
         raise ConfigInvalid(f"{path}: expected a mapping of settings, got {type(data).__name__}")
-    for override in overrides:
-        _apply(data, override)
+    return data
+
+
+def validated(model: type[M], data: dict[str, Any], path: str | Path) -> M:
+    """The mapping of a file as a value of the model.
+
+    Raises:
+        ConfigInvalid: a field is unknown, missing or out of range; names all of them.
+    """
     try:
-        return RunConfig.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
-        raise ConfigInvalid(f"{path}: " + _explain(error)) from None
+        raise ConfigInvalid(f"{path}: " + _explain(error, model)) from None
 
 
 def dump_run(run: RunConfig) -> str:
@@ -75,13 +96,13 @@ def _index(node: list[Any], part: str, override: str) -> int:
     return int(part)
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     lines = []
     for item in error.errors():
         path = ".".join(str(p) for p in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            message = "unknown field" + _suggestion(item["loc"])
+            message = "unknown field" + _suggestion(item["loc"], model)
         elif item["type"] == "missing":
             message = "is required"
         elif item["type"] != "value_error":  # ours are complete, and what was given may hold a secret
@@ -90,10 +111,10 @@ def _explain(error: ValidationError) -> str:
     return "; ".join(lines)
 
 
-def _suggestion(location: tuple[int | str, ...]) -> str:
+def _suggestion(location: tuple[int | str, ...], model: type[BaseModel]) -> str:
     """The nearest known name of any section, since a misplaced field is as common as a misspelt one."""
-    known = dict.fromkeys(RunConfig.model_fields, "")
-    for section, field in RunConfig.model_fields.items():
+    known = dict.fromkeys(model.model_fields, "")
+    for section, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             known |= dict.fromkeys(field.annotation.model_fields, section + ".")
     close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.7)

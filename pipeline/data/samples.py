@@ -6,6 +6,7 @@ stands in the shard's footer, so that a shard and the account of it are one comm
 
 import io
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -90,7 +91,7 @@ def _rejects_file(source: str, rejects: list[Reject]) -> bytes:
     return sink.getvalue()
 
 
-def sample_columns(rows: list[EncodedSample]) -> dict[str, list[object]]:
+def sample_columns(rows: Sequence[EncodedSample]) -> dict[str, list[object]]:
     """The columns of some samples' rows."""
     return {
         "sample_id": [r.sample_id for r in rows],
@@ -104,14 +105,14 @@ def sample_columns(rows: list[EncodedSample]) -> dict[str, list[object]]:
 
 
 def decode_samples(data: pa.Table) -> list[EncodedSample]:
-    """The rows of a ``samples`` shard."""
+    """The rows of a ``samples`` shard, read with or without their images."""
     return [
         EncodedSample(
             row["sample_id"],
             row["record"],
             np.frombuffer(row["input_ids"], "<i4"),
             np.frombuffer(row["spans"], "<i4").reshape(-1, 2),
-            row["image"],
+            row.get("image"),
             truncated=False,
         )
         for row in data.to_pylist()

@@ -19,12 +19,13 @@ from rich.console import Console
 
 from cluster.session import session
 from jobs.demo.run import write_report
+from jobs.plan import make_plan
 from jobs.stages import NAMES, run_named
 from pipeline.store import Store
 from schemas.config import RunConfig
 from schemas.errors import ConfigInvalid, ShardCorrupt
 from tests.conftest import tiny_settings
-from tests.tolerances import FLOAT32_LOGITS
+from tests.tolerances import FLOAT32_LOGITS, PLANNED_BYTES
 
 pytestmark = [
     pytest.mark.ray,
@@ -102,6 +103,16 @@ def copied(settings: dict[str, Any], run: RunConfig, kinds: tuple[str, ...], sto
 def files_of(run: RunConfig, name: str, pattern: str) -> dict[str, bytes]:
     folder = Path(run.store.url) / str(run.ref(name))
     return {p.name: p.read_bytes() for p in sorted(folder.glob(pattern))}
+
+
+def test_probe_foretells_the_bytes_of_the_cache_and_leaves_no_trace(finished: RunConfig) -> None:
+    before = sorted(Path(finished.store.url).rglob("*"))
+    plan = make_plan(finished, "h100", None, 2.0, 20)
+    assert sorted(Path(finished.store.url).rglob("*")) == before
+    assert plan.measured is not None
+    assert plan.measured.samples == 20
+    assert plan.measured.seconds(40) > plan.measured.seconds(20) > plan.measured.overhead_seconds > 0
+    assert plan.bytes == pytest.approx(record(finished, "cache")["result"]["bytes"], rel=PLANNED_BYTES)
 
 
 def test_killed_cache_resumes_to_identical_bytes(settings: dict[str, Any], finished: RunConfig, tmp_path: Path) -> None:

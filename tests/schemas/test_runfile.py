@@ -15,7 +15,7 @@ def test_resolved_demo_run_is_the_golden_file() -> None:
 
 
 def test_every_shipped_run_file_is_valid() -> None:
-    paths = sorted(Path("jobs/configs").glob("*.yaml"))
+    paths = sorted(set(Path("jobs/configs").glob("*.yaml")) - {Path("jobs/configs/accelerators.yaml")})
     assert [load_run(p).name for p in paths] == [p.stem for p in paths]
 
 
