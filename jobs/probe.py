@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from cluster.placement import check_fits
@@ -12,8 +13,9 @@ from pipeline.data.encoding import EncodedSample
 from pipeline.data.samples import sample_columns
 from pipeline.shards import fold_manifest, read_shard, shard_bytes, write_shard
 from pipeline.store import Store
-from schemas.config import CachePlacement, RunConfig, StoreConfig
+from schemas.config import RunConfig, StoreConfig
 from schemas.errors import ConfigInvalid
+from schemas.manifest import Manifest
 from schemas.tables import SAMPLES, targets_table
 
 # Shards a worker: its first warms it up, and the others give the rate.
@@ -56,11 +58,14 @@ def probe(run: RunConfig, samples: Sequence[EncodedSample]) -> Measured:
         job = replace(cache_job(run, FINGERPRINT), store=StoreConfig(url=folder))
         shards = _write_samples(store, job, samples, SHARDS_A_WORKER * place.workers)
         started = time.monotonic()
-        commits = _timed(job, place, shards)
-        ended = time.monotonic()
-        rate = _rate(commits, place.workers)
-        size = _target_bytes(store, job, shards)
-    return Measured(len(samples), rate, ended - started - len(samples) / rate, size)
+        with session():
+            check_fits("cache", place, spare_cpus=DECODE_CPUS)
+            assert sum(committed(job, place, list(range(shards)))) == len(samples)
+        manifest = fold_manifest(store, job.targets, targets_table(job.config, job.tapped), shards, FINGERPRINT)
+        seconds = time.monotonic() - started
+        rate = _rate(Path(folder) / str(job.targets), manifest, place.workers)
+        size = _target_bytes(store, job, manifest)
+    return Measured(len(samples), rate, seconds - len(samples) / rate, size)
 
 
 def _write_samples(store: Store, job: CacheJob, samples: Sequence[EncodedSample], shards: int) -> int:
@@ -73,23 +78,18 @@ def _write_samples(store: Store, job: CacheJob, samples: Sequence[EncodedSample]
     return shards
 
 
-def _timed(job: CacheJob, place: CachePlacement, shards: int) -> list[tuple[float, int]]:
-    """When each shard was committed, and its rows."""
-    with session():
-        check_fits("cache", place, spare_cpus=DECODE_CPUS)
-        return [(time.monotonic(), rows) for rows in committed(job, place, list(range(shards)))]
+def _rate(folder: Path, manifest: Manifest, workers: int) -> float:
+    """Samples a second from the moment when every worker may have committed its first shard.
+
+    By the files' own times: on a busy machine the driver hears of a commit seconds later.
+    """
+    commits = sorted(((folder / s.name).stat().st_mtime, s.rows) for s in manifest.shards)
+    return sum(rows for _, rows in commits[workers:]) / (commits[-1][0] - commits[workers - 1][0])
 
 
-def _rate(commits: list[tuple[float, int]], workers: int) -> float:
-    """Samples a second from the moment when every worker may have committed its first shard."""
-    first = min(workers, len(commits) - 1)
-    return sum(rows for _, rows in commits[first:]) / (commits[-1][0] - commits[first - 1][0])
-
-
-def _target_bytes(store: Store, job: CacheJob, shards: int) -> int:
+def _target_bytes(store: Store, job: CacheJob, manifest: Manifest) -> int:
     """What the targets of all shards take in one: small shards compress worse."""
     full, table = targets_table(job.config, job.tapped), targets_table(job.config, ())
-    manifest = fold_manifest(store, job.targets, full, shards, FINGERPRINT)
     columns: dict[str, list[object]] = {c.name: [] for c in table.columns}
     for info in manifest.shards:
         data = read_shard(store, job.targets, full, info, list(columns))
