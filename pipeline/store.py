@@ -10,8 +10,9 @@ import random
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -31,7 +32,8 @@ class Store:
     """Objects under one root (path or URL), addressed by relative paths with forward slashes."""
 
     def __init__(self, root: str) -> None:
-        self.fs, self.root = fsspec.core.url_to_fs(root)
+        # no listings kept: other processes commit objects, and a listing from before would hide them
+        self.fs, self.root = fsspec.core.url_to_fs(root, use_listings_cache=False)
         self.url = root
 
     @property
@@ -64,13 +66,23 @@ class Store:
                 time.sleep(FIRST_WAIT * 2**attempt * random.uniform(0.5, 1.0))
         raise AssertionError("the last attempt returns or raises")
 
+    def _info(self, name: str) -> dict[str, Any] | None:
+        """What the file system says of an object or folder, None where there is none.
+
+        Asked for by itself, because ``exists`` and ``isfile`` of many file systems take any failure for a no.
+        """
+        try:
+            return cast("dict[str, Any]", self.patiently(name, lambda: self.fs.info(self.path(name))))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
     def exists(self, name: str) -> bool:
         """Whether the object has been committed."""
-        return cast(bool, self.patiently(name, lambda: self.fs.exists(self.path(name))))
+        return self._info(name) is not None
 
     def is_file(self, name: str) -> bool:
         """Whether the name is an object's and no folder's."""
-        return cast(bool, self.patiently(name, lambda: self.fs.isfile(self.path(name))))
+        return (self._info(name) or {}).get("type") == "file"
 
     def read(self, name: str) -> bytes:
         """The object's bytes, all of them."""
@@ -100,7 +112,8 @@ class Store:
 
     def remove(self, name: str) -> None:
         """Removes an object or a whole folder, if it is there."""
-        if self.exists(name):
+        # where an answer was lost, the second attempt finds nothing
+        with suppress(FileNotFoundError):
             self.patiently(name, lambda: self.fs.rm(self.path(name), recursive=True))
 
     def write(self, name: str, data: bytes) -> None:
