@@ -3,25 +3,28 @@
 from typing import Any
 
 from jobs.progress import Progress
-from jobs.stages import file_digest, resolved, teacher_digests
+from jobs.stages import file_digest, resolved
 from pipeline.data.encoding import Encoder
 from pipeline.data.samples import prepare
+from pipeline.folders import processor_digests
 from pipeline.models import load_processor
 from pipeline.stage import Stage
 from pipeline.store import Store
 from schemas.config import RunConfig
 from schemas.errors import SampleInvalid
+from schemas.tables import SAMPLES
 
 
 def stage(run: RunConfig) -> Stage:
-    """The stage of this run. Identity: the data file, the teacher's processor, sharding and maximum length."""
+    """The stage of this run. Identity: data file, the teacher's processor, sharding, maximum length, table."""
     config = run.prepare
     settings = {
         "data": file_digest(config.data),
-        "processor": teacher_digests(run.teacher.path)["processor"],
+        "processor": processor_digests(run.teacher.path),
         "shard_rows": config.shard_rows,
         "max_length": config.max_length,
         "on_bad_sample": config.on_bad_sample,
+        "table": str(SAMPLES),
     }
 
     def work(store: Store, fingerprint: str) -> dict[str, Any]:

@@ -1,5 +1,9 @@
-from cluster.session import find_users_error
-from schemas.errors import ShardCorrupt
+import pytest
+import ray
+from ray.exceptions import LocalRayletDiedError
+
+from cluster.session import find_users_error, session
+from schemas.errors import ClusterLost, ShardCorrupt
 
 
 class Wrapper(Exception):
@@ -35,3 +39,21 @@ def test_an_error_of_which_only_the_traceback_is_left_is_found() -> None:
     assert isinstance(found, ShardCorrupt)
     assert str(found) == "shard 3 is broken\n  in two lines"
     assert find_users_error(RuntimeError("schemas.errors.NoSuchError: x")) is None
+
+
+def test_a_killed_raylet_is_told_as_such_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    with pytest.raises(ClusterLost, match=r"\(raylet\) .* was killed; .* run the same command again"), session():
+        raise LocalRayletDiedError
+
+
+def test_a_session_that_does_not_start_says_why_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def times_out(**_: object) -> None:
+        raise Exception("the node timed out")
+
+    monkeypatch.setattr(ray, "init", times_out)
+    with (
+        pytest.raises(ClusterLost, match=r"did not start: the node timed out; .* run the same command again"),
+        session(),
+    ):
+        raise AssertionError("nothing runs without a session")

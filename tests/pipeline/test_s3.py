@@ -14,15 +14,18 @@ from jobs.stages import open_store
 from pipeline.stage import read_record
 from pipeline.store import Store
 from pipeline.verify import verify
-from schemas.config import RunConfig
+from schemas.config import CachePlacement, Placement, RunConfig
 from schemas.errors import StoreUnavailable
 from schemas.tables import SAMPLES, targets_table
 from tests.conftest import tiny_settings
 from tests.pipeline.test_training import assert_alike, assert_same_shards, make_cache
+from tests.processes import OUTPUT, PATIENCE, started
 from tests.proxy import FAULTS, faulty
 from tests.servers import KEY, SECRET, ceph, free_port, missing_ceph, rclone
 
 BUCKET = "decant-test"
+# As many threads a teacher in the command's workers as here: sums in one order.
+PLACEMENT = Placement(cache=CachePlacement(cpus_per_worker=0.75, decoders=1))
 
 
 @pytest.fixture(scope="module", params=["rclone", pytest.param("ceph", marks=pytest.mark.slow)])
@@ -151,6 +154,25 @@ def test_store_that_never_takes_an_object_ends_with_its_name_and_the_stage_goes_
     written = {path: count for path, count in proxy.stored.items() if path.endswith(".parquet")}
     assert len(written) == 5 + 1 + 5
     assert set(written.values()) == {1}, "no shard is made again"
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_commands_on_s3_through_faults_make_the_local_ones_bytes(
+    server: str, impatient: pytest.MonkeyPatch, tiny_teacher: Path, scenes_folder: Path, tmp_path: Path
+) -> None:
+    here, there = here_and_there(tiny_teacher, scenes_folder, tmp_path, "commands")
+    here, there = (run.model_copy(update={"placement": PLACEMENT}) for run in (here, there))
+    # how a user sets the patience of s3fs, of which the command's workers have heard as well
+    timeout = json.dumps({"config_kwargs": {"read_timeout": 1}})
+    with faulty(server, rate=0.1, seed=4) as proxy:
+        impatient.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        for command in ("prepare", "cache"):
+            with started(command, there.model_dump(mode="json"), tmp_path, FSSPEC_S3=timeout) as process:
+                assert process.wait(PATIENCE) == 0, (tmp_path / OUTPUT).read_text()
+        assert_sound(open_store(there), there)
+        assert_same_shards(here, there)
+    assert proxy.faults.total() >= 10
 
 
 @pytest.mark.usefixtures("server")
