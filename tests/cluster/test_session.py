@@ -1,6 +1,10 @@
+import os
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
-import ray
-from ray.exceptions import LocalRayletDiedError
 
 from cluster.session import find_users_error, session
 from schemas.errors import ClusterLost, ShardCorrupt
@@ -41,19 +45,33 @@ def test_an_error_of_which_only_the_traceback_is_left_is_found() -> None:
     assert find_users_error(RuntimeError("schemas.errors.NoSuchError: x")) is None
 
 
-def test_a_killed_raylet_is_told_as_such_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+class RayletDied(Exception):
+    pass
+
+
+@pytest.fixture
+def stub_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts a stub in Ray's place, which itself must not be imported before its switches are set."""
+
+    def put(**parts: Any) -> None:
+        monkeypatch.setattr(os, "environ", dict(os.environ))
+        monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(**parts))
+        monkeypatch.setitem(sys.modules, "ray.exceptions", SimpleNamespace(LocalRayletDiedError=RayletDied))
+
+    return put
+
+
+def test_a_killed_raylet_is_told_as_such_and_what_to_do(stub_ray: Callable[..., None]) -> None:
+    stub_ray(is_initialized=lambda: True)
     with pytest.raises(ClusterLost, match=r"\(raylet\) .* was killed; .* run the same command again"), session():
-        raise LocalRayletDiedError
+        raise RayletDied
 
 
-def test_a_session_that_does_not_start_says_why_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_session_that_does_not_start_says_why_and_what_to_do(stub_ray: Callable[..., None]) -> None:
     def times_out(**_: object) -> None:
-        raise Exception("the node timed out")
+        raise RuntimeError("the node timed out")
 
-    monkeypatch.setattr(ray, "init", times_out)
-    with (
-        pytest.raises(ClusterLost, match=r"did not start: the node timed out; .* run the same command again"),
-        session(),
-    ):
+    stub_ray(is_initialized=lambda: False, init=times_out)
+    why = r"did not start: the node timed out; .* run the same command again"
+    with pytest.raises(ClusterLost, match=why), session():
         raise AssertionError("nothing runs without a session")
