@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from schemas import errors
-from schemas.errors import DecantError
+from schemas.errors import ClusterLost, DecantError
 
 # Ray's own switches; set before Ray is imported, kept where the user has set them.
 QUIET = {
@@ -22,6 +22,7 @@ QUIET = {
 }
 # Two logical CPUs at least, so that a pool of workers never takes every CPU from the tasks that feed it.
 MIN_CPUS = 2
+AGAIN = "see that memory and disk suffice, then run the same command again: it goes on with what is missing"
 
 
 @contextmanager
@@ -29,6 +30,9 @@ def session() -> Iterator[None]:
     """A private Ray cluster on this machine, ended with the block; joins the caller's session where one is running.
 
     Ray's ports are guarded by a token that lives in this process's environment only.
+
+    Raises:
+        ClusterLost: Ray does not start, or its process on this machine was killed.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -41,14 +45,7 @@ def session() -> Iterator[None]:
         with _users_errors():
             yield
         return
-    # "local": a plain ray.init() would join whatever cluster happens to run on this machine
-    ray.init(
-        address="local",
-        num_cpus=max(MIN_CPUS, os.cpu_count() or 1),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    _start()
     try:
         with _users_errors():
             yield
@@ -56,15 +53,35 @@ def session() -> Iterator[None]:
         ray.shutdown()
 
 
+def _start() -> None:
+    import ray
+
+    try:
+        # "local": a plain ray.init() would join whatever cluster happens to run on this machine
+        ray.init(
+            address="local",
+            num_cpus=max(MIN_CPUS, os.cpu_count() or 1),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except Exception as error:  # Ray has no type of its own for it
+        raise ClusterLost(f"Ray did not start: {error}; {AGAIN}") from error
+
+
 @contextmanager
 def _users_errors() -> Iterator[None]:
     """A user's error that a worker raised arrives as itself, not wrapped in Ray's tracebacks."""
+    from ray.exceptions import LocalRayletDiedError
+
     try:
         yield
     except Exception as error:
         found = find_users_error(error)
         if found is not None and found is not error:
             raise found from None
+        if isinstance(error, LocalRayletDiedError):
+            raise ClusterLost(f"Ray's own process (raylet) on this machine was killed; {AGAIN}") from None
         raise
 
 

@@ -57,7 +57,7 @@ class CacheJob:
 
 
 def stage(run: RunConfig) -> Stage:
-    """The stage of this run. Identity: the targets' settings, the tapped layers and the teacher."""
+    """The stage of this run. Identity: the targets' settings, the tapped layers, the teacher and the table."""
     config, tapped = run.cache, tapped_layers(run)
     check_plan(teacher_path(run), layer_plan(run))
     text = text_config(run.teacher.path)
@@ -74,6 +74,7 @@ def stage(run: RunConfig) -> Stage:
         "dtype": config.dtype,
         "seed": config.seed,
         "teacher": teacher_digests(run.teacher.path),
+        "table": str(targets_table(config, tapped)),
     }
 
     def work(store: Store, fingerprint: str) -> dict[str, Any]:

@@ -15,10 +15,11 @@ from cluster.datasets import shard_dataset
 from cluster.placement import check_fits
 from cluster.session import session
 from jobs.progress import Progress
-from jobs.stages import absolute, file_digest, resolved, store_of, teacher_digests, teacher_path
+from jobs.stages import absolute, file_digest, resolved, store_of, teacher_path
 from pipeline.data.encoding import Encoder
 from pipeline.data.records import Part, parts
 from pipeline.data.samples import finish, prepare_shard
+from pipeline.folders import processor_digests
 from pipeline.models import load_processor
 from pipeline.shards import uncommitted
 from pipeline.stage import Stage
@@ -26,6 +27,7 @@ from pipeline.store import Store
 from schemas.artifacts import ArtifactRef
 from schemas.config import PrepareConfig, PreparePlacement, RunConfig, StoreConfig
 from schemas.errors import SampleInvalid
+from schemas.tables import SAMPLES
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,15 @@ class PrepareJob:
 
 
 def stage(run: RunConfig) -> Stage:
-    """The stage of this run. Identity: the data file, the teacher's processor, sharding and maximum length."""
+    """The stage of this run. Identity: data file, the teacher's processor, sharding, maximum length, table."""
     config = run.prepare
     settings = {
         "data": file_digest(config.data),
-        "processor": teacher_digests(run.teacher.path)["processor"],
+        "processor": processor_digests(run.teacher.path),
         "shard_rows": config.shard_rows,
         "max_length": config.max_length,
         "on_bad_sample": config.on_bad_sample,
+        "table": str(SAMPLES),
     }
 
     def work(store: Store, fingerprint: str) -> dict[str, Any]:

@@ -14,18 +14,31 @@ NO_PROCESSOR_FILES = {*MODEL_FILES, "training.json", "model.safetensors.index.js
 
 
 def folder_digests(path: str) -> dict[str, str]:
-    """Digests of a model folder: ``weights`` (configuration and safetensors) and ``processor`` (everything textual).
+    """Digests of a model folder: one of all its ``weights``, and one of each file of its configuration and processor.
 
     Raises:
         ConfigInvalid: the folder has no configuration or no safetensors weights.
     """
-    folder = Path(path)
-    folder_config(path)
-    weights = sorted(folder.glob("*.safetensors"))
+    processor = processor_digests(path)
+    weights = sorted(Path(path).glob("*.safetensors"))
     if not weights:
         raise ConfigInvalid(f"teacher.path: {path}: has no safetensors weights; pickled weights are not read")
-    model = [folder / name for name in MODEL_FILES if (folder / name).is_file()] + weights
-    return {"weights": _digest(model), "processor": _digest(processor_files(path))}
+    model = [Path(path) / name for name in MODEL_FILES if (Path(path) / name).is_file()]
+    return {"weights": _digest(weights), **_digests(model), **processor}
+
+
+def processor_digests(path: str) -> dict[str, str]:
+    """Digests of the files that say how text and images are read, by name.
+
+    Raises:
+        ConfigInvalid: the folder has no configuration.
+    """
+    folder_config(path)
+    return _digests(processor_files(path))
+
+
+def _digests(files: list[Path]) -> dict[str, str]:
+    return {path.name: _digest([path]) for path in files}
 
 
 def _digest(files: list[Path]) -> str:

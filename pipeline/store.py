@@ -11,6 +11,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -67,13 +68,23 @@ class Store:
                 time.sleep(FIRST_WAIT * 2**attempt * random.uniform(0.5, 1.0))
         raise AssertionError("the last attempt returns or raises")
 
+    def _info(self, name: str) -> dict[str, Any] | None:
+        """What the file system says of an object or folder, None where there is none.
+
+        Asked for by itself, because ``exists`` and ``isfile`` of many file systems take any failure for a no.
+        """
+        try:
+            return cast("dict[str, Any]", self.patiently(name, lambda: self.fs.info(self.path(name))))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
     def exists(self, name: str) -> bool:
         """Whether the object has been committed."""
-        return cast(bool, self.patiently(name, lambda: self.fs.exists(self.path(name))))
+        return self._info(name) is not None
 
     def is_file(self, name: str) -> bool:
         """Whether the name is an object's and no folder's."""
-        return cast(bool, self.patiently(name, lambda: self.fs.isfile(self.path(name))))
+        return (self._info(name) or {}).get("type") == "file"
 
     def read(self, name: str) -> bytes:
         """The object's bytes, all of them."""
@@ -113,7 +124,8 @@ class Store:
 
     def remove(self, name: str) -> None:
         """Removes an object or a whole folder, if it is there."""
-        if self.exists(name):
+        # where an answer was lost, the second attempt finds nothing
+        with suppress(FileNotFoundError):
             self.patiently(name, lambda: self.fs.rm(self.path(name), recursive=True))
 
     def write(self, name: str, data: bytes) -> None:
@@ -142,7 +154,12 @@ class Store:
 
 def _connection(config: StoreConfig) -> dict[str, Any]:
     """What s3fs takes; anything not given comes from the environment."""
-    given: dict[str, Any] = {"endpoint_url": config.endpoint, "profile": config.profile}
+    # no listings kept: other processes commit objects, and a listing from before would hide them
+    given: dict[str, Any] = {
+        "use_listings_cache": False,
+        "endpoint_url": config.endpoint,
+        "profile": config.profile,
+    }
     if config.region:
         given["client_kwargs"] = {"region_name": config.region}
     return {name: value for name, value in given.items() if value is not None}

@@ -260,8 +260,9 @@ def _trained_record(data: bytes, where: str) -> HybridRecord:
 
 
 def _same_teacher(record: HybridRecord, digests: Mapping[str, str], where: str) -> None:
-    if record.teacher["weights"] != digests["weights"]:
-        raise ConfigInvalid(
-            f"{where}: was trained from another teacher: weights {record.teacher['weights']}, "
-            f"this teacher's are {digests['weights']}"
-        )
+    for part in ("weights", "config.json"):
+        if record.teacher.get(part) != digests[part]:
+            raise ConfigInvalid(
+                f"{where}: was trained from another teacher: {part} {record.teacher.get(part)}, "
+                f"this teacher's are {digests[part]}"
+            )

@@ -33,5 +33,9 @@ class StoreUnavailable(DecantError):
     """The artifact store cannot be read or written."""
 
 
+class ClusterLost(DecantError):
+    """The Ray session did not start, or ended before its stage did."""
+
+
 class BackendUnavailable(DecantError):
     """A backend was asked for by name and cannot be used here; says why and how to install it."""

@@ -66,7 +66,7 @@ class HybridRecord(BaseModel):
     """The plan, the mixers, what computed them and whose frozen weights they belong to.
 
     ``base`` is the base model's type, ``layers`` the decoder's depth, ``mixers`` the sizes of each replaced layer's
-    mixer, ``backend`` what computed them in training, ``teacher`` the digests of the teacher's weights and processor,
+    mixer, ``backend`` what computed them in training, ``teacher`` the digests of the teacher's weights and files,
     ``head_bias`` whether the language head has a bias that the stock class lacks, ``trained`` what a checkpoint of
     trained tensors holds.
     """

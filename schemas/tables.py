@@ -37,6 +37,9 @@ class Table:
     version: int
     columns: tuple[Column, ...]
 
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}"
+
     def schema(self, metadata: dict[str, str] | None = None) -> pa.Schema:
         """The Arrow schema, with the given footer entries."""
         fields = [pa.field(c.name, c.type, c.nullable, metadata={"doc": c.doc}) for c in self.columns]

@@ -145,7 +145,7 @@ def hybrid(
                 generator = torch.Generator().manual_seed(10 + index)
                 for parameter in mixer.parameters():
                     parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
-    mark(model, ops.backend, {"weights": "0" * 32, "processor": "0" * 32})
+    mark(model, ops.backend, {"weights": "0" * 32, "config.json": "0" * 32})
     return model.requires_grad_(False)
 
 

@@ -42,6 +42,10 @@ class FlakyFileSystem(MemoryFileSystem):  # type: ignore[misc]
         """As in memory, or an error."""
         return self._maybe("ls", lambda: super(FlakyFileSystem, self).ls(path, detail=detail, **kwargs))
 
+    def info(self, path: str, **kwargs: Any) -> Any:
+        """As in memory, or an error."""
+        return self._maybe("info", lambda: super(FlakyFileSystem, self).info(path, **kwargs))
+
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> Any:
         """As in memory, or an error."""
         return self._maybe("pipe_file", lambda: super(FlakyFileSystem, self).pipe_file(path, value, mode, **kwargs))

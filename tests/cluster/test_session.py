@@ -1,5 +1,13 @@
-from cluster.session import find_users_error
-from schemas.errors import ShardCorrupt
+import os
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.session import find_users_error, session
+from schemas.errors import ClusterLost, ShardCorrupt
 
 
 class Wrapper(Exception):
@@ -35,3 +43,35 @@ def test_an_error_of_which_only_the_traceback_is_left_is_found() -> None:
     assert isinstance(found, ShardCorrupt)
     assert str(found) == "shard 3 is broken\n  in two lines"
     assert find_users_error(RuntimeError("schemas.errors.NoSuchError: x")) is None
+
+
+class RayletDied(Exception):
+    pass
+
+
+@pytest.fixture
+def stub_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts a stub in Ray's place, which itself must not be imported before its switches are set."""
+
+    def put(**parts: Any) -> None:
+        monkeypatch.setattr(os, "environ", dict(os.environ))
+        monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(**parts))
+        monkeypatch.setitem(sys.modules, "ray.exceptions", SimpleNamespace(LocalRayletDiedError=RayletDied))
+
+    return put
+
+
+def test_a_killed_raylet_is_told_as_such_and_what_to_do(stub_ray: Callable[..., None]) -> None:
+    stub_ray(is_initialized=lambda: True)
+    with pytest.raises(ClusterLost, match=r"\(raylet\) .* was killed; .* run the same command again"), session():
+        raise RayletDied
+
+
+def test_a_session_that_does_not_start_says_why_and_what_to_do(stub_ray: Callable[..., None]) -> None:
+    def times_out(**_: object) -> None:
+        raise RuntimeError("the node timed out")
+
+    stub_ray(is_initialized=lambda: False, init=times_out)
+    why = r"did not start: the node timed out; .* run the same command again"
+    with pytest.raises(ClusterLost, match=why), session():
+        raise AssertionError("nothing runs without a session")

@@ -2,19 +2,15 @@
 
 import io
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from rich.console import Console
 
 from cluster.session import session
@@ -25,6 +21,7 @@ from pipeline.store import Store
 from schemas.config import RunConfig
 from schemas.errors import ConfigInvalid, ShardCorrupt
 from tests.conftest import tiny_settings
+from tests.processes import kill_when, started
 from tests.tolerances import FLOAT32_LOGITS, PLANNED_BYTES
 
 pytestmark = [
@@ -36,8 +33,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
 ]
 PLACEMENT = {"cache": {"workers": 1, "cpus_per_worker": 0.75, "batch": 3, "decoders": 1}, "distill": {"workers": 2}}
-# A child process imports the frameworks and starts Ray before it works; three minutes is far beyond that here.
-PATIENCE = 180.0
 
 
 @pytest.fixture(scope="module")
@@ -64,30 +59,6 @@ def finished(settings: dict[str, Any], _ray: None) -> RunConfig:
 def record(run: RunConfig, name: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(Store(run.store.url).read(run.ref(name).record_path))
     return found
-
-
-def start(command: str, settings: dict[str, Any], folder: Path) -> subprocess.Popen[bytes]:
-    """``decant COMMAND`` in a process of its own."""
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
-    return subprocess.Popen(
-        [sys.executable, "-m", "jobs.cli", command, str(path)],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-
-
-def kill_when(process: subprocess.Popen[bytes], folder: Path, pattern: str) -> None:
-    """SIGKILLs the driver as soon as a file that matches is committed."""
-    deadline = time.monotonic() + PATIENCE
-    while not any(folder.glob(pattern)):
-        assert process.poll() is None, f"the command ended with {process.returncode} before it was killed"
-        assert time.monotonic() < deadline, f"nothing matched {pattern}"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
 
 
 def copied(settings: dict[str, Any], run: RunConfig, kinds: tuple[str, ...], store: Path) -> dict[str, Any]:
@@ -118,9 +89,9 @@ def test_probe_foretells_the_bytes_of_the_cache_and_leaves_no_trace(finished: Ru
 def test_killed_cache_resumes_to_identical_bytes(settings: dict[str, Any], finished: RunConfig, tmp_path: Path) -> None:
     again = RunConfig.model_validate(copied(settings, finished, ("prepare",), tmp_path / "store"))
     folder = tmp_path / "store" / str(again.ref("cache"))
-    kill_when(start("cache", again.model_dump(mode="json"), tmp_path), folder, "shard-*.parquet")
+    with started("cache", again.model_dump(mode="json"), tmp_path) as process:
+        kill_when(process, folder, "shard-*.parquet")
     assert not (folder / "record.json").exists()
-    time.sleep(3)  # orphaned workers may still commit a shard before Ray ends them
     left = set(files_of(again, "cache", "shard-*"))
     assert 0 < len(left) < 10, "the kill came in the middle"
     before = {name: (folder / name).stat().st_mtime_ns for name in left}
@@ -146,10 +117,10 @@ def test_killed_distill_command_resumes_to_identical_weights_and_order(
 ) -> None:
     again = RunConfig.model_validate(copied(settings, finished, ("prepare", "cache"), tmp_path / "store"))
     folder = tmp_path / "store" / str(again.ref("distill"))
-    kill_when(start("distill", again.model_dump(mode="json"), tmp_path), folder, "checkpoints/phase-00-step-*")
+    with started("distill", again.model_dump(mode="json"), tmp_path) as process:
+        kill_when(process, folder, "checkpoints/phase-00-step-*")
     assert not (folder / "record.json").exists()
     assert not (folder / "student.safetensors").exists()
-    time.sleep(3)
     run_named("distill", again, Console(file=io.StringIO()))
     assert files_of(again, "distill", "student.safetensors") == files_of(finished, "distill", "student.safetensors")
     curves = [files_of(r, "distill", "curve.json")["curve.json"] for r in (again, finished)]

@@ -127,7 +127,10 @@ def test_store_is_listed_with_what_is_unfinished_and_damaged(tmp_path: Path) -> 
 def test_damaged_manifest_is_a_state_of_the_listing(run: RunConfig) -> None:
     path = Path(run.store.url) / str(run.ref("cache")) / "manifest.json"
     data = path.read_bytes()
-    assert (entry(Store(run.store.url), run.ref("cache")).state, entry(Store(run.store), run.ref("cache")).rows) == (
+    assert (
+        entry(Store(run.store.url), run.ref("cache")).state,
+        entry(Store(run.store.url), run.ref("cache")).rows,
+    ) == (
         "done",
         40,
     )

@@ -184,9 +184,10 @@ def test_store_that_never_answers_ends_with_the_objects_name(patience: list[floa
     store = Store("flaky:///bucket")
     with pytest.raises(StoreUnavailable, match=r"bucket/a/b: no answer from the store in 6 attempts: .*run the same"):
         store.write("a/b", b"data")
-    with pytest.raises(StoreUnavailable, match=r"bucket/a/b: no answer"):
-        store.read("a/b")
-    assert len(patience) == 10
+    for asks in (store.read, store.exists, store.is_file):
+        with pytest.raises(StoreUnavailable, match=r"bucket/a/b: no answer"):
+            asks("a/b")
+    assert len(patience) == 20
     assert 0.5 + 1 + 2 + 4 + 8 <= sum(patience[:5]) <= 31
 
 
@@ -202,6 +203,22 @@ def test_what_no_patience_changes_is_not_tried_again(patience: list[float]) -> N
     with pytest.raises(ShardCorrupt, match="cannot be read as Parquet"):
         read_shard(store, REF, SAMPLES, info)
     assert patience == []
+
+
+def test_what_a_lost_answer_already_removed_is_removed(patience: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    FlakyFileSystem.start(rate=0.0)
+    store = Store("flaky:///bucket")
+    store.write("a/b", b"data")
+    really = store.fs.rm
+
+    def loses_its_answer(path: str, recursive: bool) -> None:
+        really(path, recursive=recursive)
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(FlakyFileSystem, "rm", lambda _, path, recursive: loses_its_answer(path, recursive))
+    store.remove("a")
+    assert len(patience) == 1
+    assert not store.exists("a/b")
 
 
 def test_answers_cut_short_are_asked_for_again(patience: list[float], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def test_folder_says_plan_mixers_backend_and_teacher(tmp_path: Path) -> None:
             for i in (1, 3)
         },
         "backend": "torch",
-        "teacher": {"weights": "0" * 32, "processor": "0" * 32},
+        "teacher": {"weights": "0" * 32, "config.json": "0" * 32},
         "head_bias": False,
         "trained": [],
     }

@@ -38,6 +38,7 @@ from pipeline.training.loop import Worker
 from pipeline.training.recompute import TeacherLayers
 from schemas.config import AlignPhase, DistillPhase, RunConfig
 from schemas.errors import ConfigInvalid
+from schemas.manifest import MANIFEST
 from schemas.tables import STATISTICS, targets_table
 from tests.decoders import FAMILIES, build, tokens
 from tests.flaky import FlakyFileSystem
@@ -72,13 +73,19 @@ def train(run: RunConfig, report: Callable[[dict[str, Any]], None] = lambda _: N
     return load(open_store(run).read(f"{run.ref('distill')}/{distill.WEIGHTS}"))
 
 
-def assert_alike(here: RunConfig, there: RunConfig) -> Store:
-    """Makes both runs' caches and trains from them: the same bytes, the same weights. Returns the second's store."""
+def assert_same_shards(here: RunConfig, there: RunConfig) -> Store:
+    """Makes both runs' caches: the same shards of the same bytes. Returns the second's store."""
     local, remote = make_cache(here), make_cache(there)
     for ref in (here.ref("prepare"), here.ref("cache")):
-        names = [n for n in local.names(str(ref)) if n.endswith(".parquet")]
-        assert names == [n for n in remote.names(str(ref)) if n.endswith(".parquet")]
+        names = [n for n in local.names(str(ref)) if n.endswith((".parquet", MANIFEST))]
+        assert names == [n for n in remote.names(str(ref)) if n.endswith((".parquet", MANIFEST))]
         assert all(local.read(f"{ref}/{n}") == remote.read(f"{ref}/{n}") for n in names)
+    return remote
+
+
+def assert_alike(here: RunConfig, there: RunConfig) -> Store:
+    """Makes both runs' caches and trains from them: the same bytes, the same weights. Returns the second's store."""
+    remote = assert_same_shards(here, there)
     mine, theirs = train(here), train(there)
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     return remote
