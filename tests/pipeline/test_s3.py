@@ -10,12 +10,14 @@ import pytest
 import s3fs
 
 import pipeline.store
+from jobs import prepare
 from jobs.stages import open_store
-from pipeline.stage import read_record
+from pipeline.shards import read_manifest
+from pipeline.stage import read_record, run_stage
 from pipeline.store import Store
 from pipeline.verify import verify
 from schemas.config import CachePlacement, Placement, RunConfig
-from schemas.errors import StoreUnavailable
+from schemas.errors import SampleInvalid, StoreUnavailable
 from schemas.tables import SAMPLES, targets_table
 from tests.conftest import tiny_settings
 from tests.pipeline.test_training import assert_alike, assert_same_shards, make_cache
@@ -125,6 +127,46 @@ def test_cache_on_s3_has_the_local_ones_bytes_trains_alike_and_verifies(
         assert pq.read_table(file).schema.names == SAMPLES.schema().names
     record = json.loads(open_store(there).read(there.ref("cache").record_path))
     assert SECRET not in json.dumps(record)
+
+
+def test_store_section_reaches_the_bucket_and_stands_in_nothing_that_is_written(
+    server: str, impatient: pytest.MonkeyPatch, tiny_teacher: Path, scenes_folder: Path, tmp_path: Path
+) -> None:
+    secrets = f"[decant-profile]\naws_access_key_id = {KEY}\naws_secret_access_key = {SECRET}\n"
+    (tmp_path / "credentials").write_text(secrets)
+    impatient.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+        impatient.delenv(name)
+    _, there = here_and_there(tiny_teacher, scenes_folder, tmp_path, "section")
+    section = {"url": there.store.url, "endpoint": server, "region": "decant-region", "profile": "decant-profile"}
+    run = RunConfig.model_validate({**there.model_dump(mode="json"), "store": section})
+    store = open_store(run)
+    run_stage(store, prepare.stage(run))
+    written = b"".join(store.read(f"{run.ref('prepare')}/{name}") for name in store.sizes(str(run.ref("prepare"))))
+    assert there.store.url.encode() in written
+    for hidden in (server.removeprefix("http://"), "decant-region", "decant-profile", KEY, SECRET):
+        assert hidden.encode() not in written, hidden
+
+
+@pytest.mark.usefixtures("server")
+def test_data_and_images_on_s3_give_the_local_ones_samples(
+    tiny_teacher: Path, scenes_folder: Path, tmp_path: Path
+) -> None:
+    here, _ = here_and_there(tiny_teacher, scenes_folder, tmp_path, "")
+    source = Store(f"s3://{BUCKET}/source")
+    records = json.loads((scenes_folder / "train.json").read_text())
+    for name in ("train.json", *(r["image"] for r in records)):
+        source.write(name, (scenes_folder / name).read_bytes())
+    away = {"data": f"{source.url}/train.json", "images": source.url}
+    there = here.model_copy(update={"prepare": here.prepare.model_copy(update={**away, "artifact": "away@1"})})
+    store = open_store(here)
+    for run in (here, there):
+        run_stage(store, prepare.stage(run))
+    one, two = (read_manifest(store, run.ref("prepare")) for run in (here, there))
+    assert [s.checksum for s in one.shards] == [s.checksum for s in two.shards]
+    gone = there.prepare.model_copy(update={"data": f"{source.url}/none.json", "artifact": "gone@1"})
+    with pytest.raises(SampleInvalid, match=r"source/none\.json: no such data file"):
+        prepare.stage(there.model_copy(update={"prepare": gone}))
 
 
 def test_cache_through_faults_of_every_kind_has_the_local_ones_bytes(

@@ -71,3 +71,25 @@ def test_missing_and_unreadable_run_files_are_named(tmp_path: Path) -> None:
     bad.write_text(yaml.safe_dump([1, 2]))
     with pytest.raises(ConfigInvalid, match="expected a mapping"):
         load_run(bad)
+
+
+@pytest.mark.parametrize(
+    ("store", "says"),
+    [
+        ("{url: runs/demo, endpoint: 'http://host'}", "store: endpoint, region and profile are for s3:// URLs"),
+        ("s3://key:planted@bucket/x", "store: a URL with credentials in it; they come from the environment alone"),
+        ("{url: 's3://bucket', secret: planted}", "store.secret: unknown field"),
+    ],
+)
+def test_store_that_is_not_as_it_should_be_is_refused_without_its_secrets(store: str, says: str) -> None:
+    with pytest.raises(ConfigInvalid) as caught:
+        load_run(DEMO, [f"store={store}"])
+    assert says in str(caught.value)
+    assert "planted" not in str(caught.value)
+
+
+def test_store_may_be_a_url_or_a_section() -> None:
+    short, long = (load_run(DEMO, [f"store={s}"]) for s in ("s3://bucket/x", "{url: s3://bucket/x, region: eu-1}"))
+    assert (short.store.url, long.store.url) == ("s3://bucket/x",) * 2
+    assert yaml.safe_load(dump_run(short))["store"] == "s3://bucket/x"
+    assert yaml.safe_load(dump_run(long))["store"] == {"url": "s3://bucket/x", "region": "eu-1"}
