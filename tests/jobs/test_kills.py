@@ -1,5 +1,6 @@
 """A stage whose processes are killed again and again: it ends, with what an uninterrupted run leaves."""
 
+import io
 import os
 import random
 import shutil
@@ -16,29 +17,29 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
-from jobs import prepare
+from jobs.inspect import verify_run
+from jobs.stages import NAMES, run_named
 from pipeline.shards import read_manifest
-from pipeline.stage import run_stage
 from pipeline.store import Store
-from pipeline.verify import targets_check, verify
 from schemas.artifacts import RECORD
 from schemas.config import RunConfig
 from schemas.manifest import shard_name
-from schemas.tables import targets_table
 from tests.conftest import tiny_settings
 from tests.processes import OUTPUT, PATIENCE, running_in, started, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-# What the victims call themselves; the driver is the process that was started, the actor's name ends with its class.
-VICTIMS = {
-    "driver": "-m jobs.cli",
-    "actor": "TeacherActor",
-    "raylet": "raylet/raylet",
-    "control store": "gcs/gcs_server",
+QUIET = Console(file=io.StringIO())
+# What the workers of each stage that is killed call themselves.
+WORKERS = {"cache": "TeacherActor", "prepare": "prepare_row"}
+# What the other victims' command lines hold.
+VICTIMS = {"driver": "-m jobs.cli", "raylet": "raylet/raylet", "control store": "gcs/gcs_server"}
+ROUNDS = {
+    "cache": {"driver": 9, "worker": 9, "raylet": 9, "control store": 3},
+    "prepare": {"driver": 2, "worker": 2, "raylet": 2},
 }
-ROUNDS = {"driver": 9, "actor": 9, "raylet": 9, "control store": 3}
-STAGE, SHARDS = "cache", 10
+SAMPLES, SHARDS = 40, 10
 # One kill in four comes while imports run, Ray starts or teachers load, the others after some shard.
 EARLY = 0.25
 # Seconds by which a kill comes later, at most: as long as a start takes; several times what a shard takes.
@@ -53,8 +54,9 @@ RAY = {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
 
 @dataclass
 class Rounds:
-    """Stores that begin with a finished `prepare` each, and the stage's command on them."""
+    """Stores in which all before a stage is finished, and the stage's command on them."""
 
+    stage: str
     settings: dict[str, Any]
     folder: Path
     ray: Path
@@ -69,7 +71,7 @@ class Rounds:
     def command(self, run: RunConfig) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
         """The stage's command, and the folder in which it and its session run."""
         folder = Path(tempfile.mkdtemp(prefix="round-", dir=self.folder))
-        with started(STAGE, run.model_dump(mode="json"), folder, RAY_TMPDIR=str(self.ray), **RAY) as process:
+        with started(self.stage, run.model_dump(mode="json"), folder, RAY_TMPDIR=str(self.ray), **RAY) as process:
             yield process, folder
 
     def finish(self, run: RunConfig) -> None:
@@ -77,57 +79,62 @@ class Rounds:
         with self.command(run) as (process, folder):
             assert process.wait(PATIENCE) == 0, (folder / OUTPUT).read_text()
 
+    def committed(self, run: RunConfig) -> int:
+        """How many shards the stage has committed."""
+        return len(list(Path(run.store.url, str(run.ref(self.stage))).glob("shard-*.parquet")))
 
-@pytest.fixture
-def rounds(tiny_teacher: Path, scenes_folder: Path, tmp_path: Path) -> Iterator[Rounds]:
+    def finished(self, run: RunConfig) -> bool:
+        """Whether the stage's record is written."""
+        return Path(run.store.url, run.ref(self.stage).record_path).exists()
+
+    def objects(self, run: RunConfig) -> dict[str, bytes]:
+        """Everything of the artifact but the record, which has times."""
+        store, ref = Store(run.store.url), run.ref(self.stage)
+        return {name: store.read(f"{ref}/{name}") for name in store.names(str(ref)) if name != RECORD}
+
+
+@pytest.fixture(params=WORKERS)
+def rounds(request: pytest.FixtureRequest, tiny_teacher: Path, scenes_folder: Path, tmp_path: Path) -> Iterator[Rounds]:
     settings = tiny_settings(tiny_teacher, scenes_folder, tmp_path / "store")
-    settings["placement"] = {"prepare": {"workers": 0}, "cache": {"cpus_per_worker": 0.75, "batch": 1, "decoders": 1}}
+    settings["placement"] = {
+        "prepare": {"workers": int(request.param == "prepare")},
+        "cache": {"cpus_per_worker": 0.75, "batch": 1, "decoders": 1},
+    }
     run = RunConfig.model_validate(settings)
-    run_stage(Store(run.store.url), prepare.stage(run))
+    for name in NAMES[: NAMES.index(request.param)]:
+        run_named(name, run, QUIET)
     # the paths of Ray's sockets must be short
     with tempfile.TemporaryDirectory(prefix="kills-", dir="/tmp") as ray:
-        yield Rounds(settings, tmp_path, Path(ray))
-
-
-def artifact(run: RunConfig) -> Path:
-    return Path(run.store.url) / str(run.ref(STAGE))
-
-
-def finished(run: RunConfig) -> bool:
-    return Path(run.store.url, run.ref(STAGE).record_path).exists()
-
-
-def committed(run: RunConfig) -> int:
-    return len(list(artifact(run).glob("shard-*.parquet")))
-
-
-def find(victim: str, folder: Path) -> int | None:
-    """The victim's process id, None while there is none."""
-    return next((pid for pid, name in running_in(folder).items() if VICTIMS[victim] in name), None)
+        yield Rounds(request.param, settings, tmp_path, Path(ray))
 
 
 def kill(rounds: Rounds, run: RunConfig, victim: str, chance: random.Random) -> bool:
     """One round: the command, a kill at a random moment, and the session's end; whether the kill came in time."""
-    early, after = chance.random() < EARLY, chance.randrange(committed(run), SHARDS)
+    early, after = chance.random() < EARLY, chance.randrange(rounds.committed(run), SHARDS)
     jitter, began = chance.uniform(0, JITTER_EARLY if early else JITTER), time.monotonic()
+    name = VICTIMS.get(victim, WORKERS[rounds.stage])
     with rounds.command(run) as (process, folder):
-        came = wait_until(lambda: early or committed(run) > after, process, f"{after + 1} shards")
-        came = came and wait_until(lambda: find(victim, folder), process, victim)
+        came = wait_until(lambda: early or rounds.committed(run) > after, process, f"{after + 1} shards")
+        came = came and wait_until(lambda: find(name, folder), process, victim)
         time.sleep(jitter)
-        pid = find(victim, folder)
-        landed = came and pid is not None and not finished(run)
+        pid = find(name, folder)
+        landed = came and pid is not None and not rounds.finished(run)
         if landed:
             os.kill(pid, signal.SIGKILL)
         status = process.wait(PATIENCE)  # a command that hangs fails here
-        assert finished(run) == (status == 0), (folder / OUTPUT).read_text()
-        if victim == "driver" and landed:
-            assert status == -signal.SIGKILL
+        output = (folder / OUTPUT).read_text()
+        assert rounds.finished(run) == (status == 0), output
+        assert status == -signal.SIGKILL or not (landed and victim == "driver")
         assert_the_end(folder)
-        moment = f"{jitter:.1f} s after its start" if early else f"after shard {after}"
-        last = (folder / OUTPUT).read_text().strip().splitlines()[-1:]
-        seconds = time.monotonic() - began
-        print(f"{victim} {moment}: landed {landed}, status {status}, {committed(run)} shards, {seconds:.0f} s, {last}")
+    when, seconds = f"{jitter:.1f} s after {'its start' if early else f'shard {after}'}", time.monotonic() - began
+    last = output.strip().splitlines()[-1:]
+    print(f"{victim}, {when}: {landed=}, {status=}, {rounds.committed(run)} shards, {seconds:.0f} s, {last}")
     return landed
+
+
+def find(name: str, folder: Path) -> int | None:
+    """The id of the process with such a command line, None while there is none."""
+    return next((pid for pid, line in running_in(folder).items() if name in line), None)
 
 
 def assert_the_end(folder: Path) -> None:
@@ -138,24 +145,20 @@ def assert_the_end(folder: Path) -> None:
         time.sleep(0.05)
 
 
-def objects(run: RunConfig) -> dict[str, bytes]:
-    """Everything of the artifact but the record, which has times."""
-    store, ref = Store(run.store.url), run.ref(STAGE)
-    return {name: store.read(f"{ref}/{name}") for name in store.names(str(ref)) if name != RECORD}
-
-
-def assert_whole(run: RunConfig, expected: dict[str, bytes]) -> None:
+def assert_whole(rounds: Rounds, run: RunConfig, expected: dict[str, bytes]) -> None:
     """The artifact holds every sample once and is, to the byte, what an uninterrupted run leaves."""
-    assert objects(run) == expected
-    store, ref = Store(run.store.url), run.ref(STAGE)
-    ids, samples = [], []
-    for shard in read_manifest(store, ref).shards:
-        ids += pq.read_table(store.path(f"{ref}/{shard.name}"))["sample_id"].to_pylist()
-        samples += pq.read_table(store.path(f"{run.ref('prepare')}/{shard.name}"))["sample_id"].to_pylist()
-    assert sorted(ids) == sorted(samples)
-    assert len(ids) == len(set(ids)) == 40
-    check = targets_check(store, run.ref("prepare"), run.cache, 81)
-    assert verify(store, ref, targets_table(run.cache, (0,)), check) == []
+    assert rounds.objects(run) == expected
+    store, ref, source = Store(run.store.url), run.ref(rounds.stage), run.ref("prepare")
+    names = [shard.name for shard in read_manifest(store, ref).shards]
+    ids, wanted = ([i for name in names for i in sample_ids(store.path(f"{r}/{name}"))] for r in (ref, source))
+    assert ids == wanted
+    assert len(ids) == len(set(ids)) == SAMPLES
+    verify_run(run, QUIET, repair=False)
+
+
+def sample_ids(path: str) -> list[str]:
+    found: list[str] = pq.read_table(path)["sample_id"].to_pylist()
+    return found
 
 
 def test_stage_whose_processes_are_killed_at_random_ends_with_the_bytes_of_an_uninterrupted_run(
@@ -163,21 +166,21 @@ def test_stage_whose_processes_are_killed_at_random_ends_with_the_bytes_of_an_un
 ) -> None:
     whole = rounds.fresh()
     rounds.finish(whole)
-    expected = objects(whole)
+    expected = rounds.objects(whole)
     assert {shard_name(index) for index in range(SHARDS)} <= expected.keys()
     chance, landed, artifacts = random.Random(0), Counter[str](), 1
-    victims = [victim for victim, count in ROUNDS.items() for _ in range(count)]
+    victims = [victim for victim, count in ROUNDS[rounds.stage].items() for _ in range(count)]
     chance.shuffle(victims)
     run = rounds.fresh()
     while victims:
         if kill(rounds, run, victims[-1], chance):
             landed[victims.pop()] += 1
-        if committed(run) == SHARDS and not finished(run):  # only the record is missing: nothing left to kill
+        if rounds.committed(run) == SHARDS and not rounds.finished(run):  # nothing left to kill, only a record to write
             rounds.finish(run)
-        if finished(run):
-            assert_whole(run, expected)
+        if rounds.finished(run):
+            assert_whole(rounds, run, expected)
             run, artifacts = rounds.fresh(), artifacts + 1
     rounds.finish(run)
-    assert_whole(run, expected)
+    assert_whole(rounds, run, expected)
     print(f"kills that landed: {dict(landed)}, over {artifacts} artifacts")
-    assert landed == ROUNDS
+    assert landed == ROUNDS[rounds.stage]
