@@ -87,11 +87,11 @@ def _here(job: PrepareJob, todo: dict[int, Part], _: PreparePlacement) -> Iterat
 
 
 def _on_workers(job: PrepareJob, todo: dict[int, Part], place: PreparePlacement) -> Iterator[int]:
-    from ray.data import TaskPoolStrategy
-
     if not todo:
         return
     with session():
+        from ray.data import TaskPoolStrategy
+
         check_fits("prepare", place)
         dataset = shard_dataset([{"shard": i, **asdict(part)} for i, part in todo.items()]).map_batches(
             prepare_row,

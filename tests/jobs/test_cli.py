@@ -209,3 +209,32 @@ def test_skipped_records_are_counted_and_named_in_the_rejects_table(settings: di
     settings["prepare"]["artifact"] = "none@1"
     path.write_text(yaml.safe_dump(settings))
     refused(decant("prepare", str(path), "--set", "prepare.on_bad_sample=skip"), "none of 1 records can be used")
+
+
+def test_stages_do_not_import_ray_before_their_session_has_set_its_switches(
+    run_file: Path, settings: dict[str, Any]
+) -> None:
+    settings["placement"] = {}
+    run_file.write_text(yaml.safe_dump(settings))
+    code = f"""
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+import jobs.prepare
+from jobs.stages import load_stage, open_store
+from pipeline.stage import run_stage
+from schemas.runfile import load_run
+
+@contextmanager
+def session():
+    sys.exit("ray was imported" if "ray" in sys.modules else "not yet")
+    yield
+
+run = load_run({str(run_file)!r})
+for name in ("cache", "distill", "evaluate"):
+    load_stage(name, run)
+jobs.prepare.session = session
+run_stage(open_store(run), load_stage("prepare", run))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip().endswith("not yet"), done.stderr
