@@ -64,8 +64,14 @@ def encode_shard(
         "decant.checksum": checksum(data),
         **{f"decant.{name}": value for name, value in (notes or {}).items()},
     }
-    compression = {c.name: c.compression for c in table.columns}
-    pq.write_table(data.replace_schema_metadata(footer), file, compression=compression, use_dictionary=False)
+    pq.write_table(
+        data.replace_schema_metadata(footer),
+        file,
+        compression={c.name: c.compression for c in table.columns},
+        use_dictionary=False,
+        # the smallest and largest payload say nothing, and take up to 4 KB four times a column
+        write_statistics=[c.name for c in table.columns if not pa.types.is_large_binary(c.type)],
+    )
 
 
 def shard_bytes(table: Table, index: int, columns: Columns, fingerprint: str) -> bytes:

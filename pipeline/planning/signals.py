@@ -32,8 +32,8 @@ VALUE = 1.0
 # What zstd leaves of the small columns, over 20,000 positions of the demo; ids keep the bits that a vocabulary has.
 FLOATS = 0.87
 DENSITY = {"counts": 0.45, "n_unique": 0.6}
-# Parquet puts a column's least and greatest value into the footer if they are at most so long.
-STATISTICS_LIMIT = 4096
+# What a shard holds beside its values does not grow with them: so many bytes stand for more.
+ENOUGH = 4096
 FINGERPRINT = "0" * 32
 
 
@@ -130,7 +130,7 @@ def shard_overhead(size: ModelSize, lengths: Lengths, cache: CacheConfig, tapped
 
 def _overhead(table: Table, values: Mapping[str, int]) -> int:
     noise = np.random.default_rng(0)  # as hard to compress as most values are
-    payload = {name: noise.bytes(min(length, 2 * STATISTICS_LIMIT)) for name, length in values.items()}
+    payload = {name: noise.bytes(min(length, ENOUGH)) for name, length in values.items()}
     texts = {"sample_id": "0" * 32, "ids_dtype": "uint16", "positions": 1}
     columns: dict[str, list[object]] = {c.name: [payload.get(c.name, texts.get(c.name))] for c in table.columns}
     return len(shard_bytes(table, 0, columns, FINGERPRINT)) - sum(map(len, payload.values()))

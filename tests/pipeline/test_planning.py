@@ -24,7 +24,7 @@ from schemas.accelerators import Rates, load_rates
 from schemas.config import CacheConfig, RunConfig, TapsConfig
 from schemas.errors import SampleInvalid
 from tests.pipeline.test_training import make_cache
-from tests.tolerances import COUNTED_FLOPS, KNOWN_PASS, PLANNED_BYTES
+from tests.tolerances import COUNTED_FLOPS, KNOWN_BYTES, KNOWN_PASS, PLANNED_BYTES
 
 RunOf = Callable[..., RunConfig]
 REPLACED = tuple(range(0, 32, 4))
@@ -95,7 +95,8 @@ def h200_cost(
 def test_bytes_of_llava_665k_are_the_known_figures(
     phi2_siglip: ModelSize, signal: tuple[str, str], terabytes: float
 ) -> None:
-    assert planned(phi2_siglip, llava_665k())[signal].bytes / 1e12 == pytest.approx(terabytes, rel=PLANNED_BYTES)
+    off = KNOWN_BYTES if signal == SAMPLED else PLANNED_BYTES
+    assert planned(phi2_siglip, llava_665k())[signal].bytes / 1e12 == pytest.approx(terabytes, rel=off)
 
 
 def test_one_pass_of_a_3b_teacher_over_llava_665k_takes_four_h200_hours(phi2_siglip: ModelSize, rates: Rates) -> None:
