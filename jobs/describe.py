@@ -1,7 +1,6 @@
 """``decant inspect RUN.yaml ARTIFACT``: one artifact in a terminal, with histograms, and as a picture."""
 
 import statistics
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Shown
 
+from jobs.figures import human_bytes, moment
 from pipeline.histograms import Histogram, histograms
 from pipeline.inventory import Shards, shards_of
 from pipeline.stage import require
@@ -19,7 +19,6 @@ from schemas.artifacts import ArtifactRecord, ArtifactRef
 from schemas.errors import StoreUnavailable
 from schemas.tables import Table, recorded_table
 
-UNITS = ("B", "kB", "MB", "GB", "TB")
 # A bar's last cell is filled in eighths.
 EIGHTHS = " ▏▎▍▌▋▊▉"
 # Cells of the longest bar: longer ones tell no more.
@@ -52,19 +51,6 @@ def describe(store: Store, ref: ArtifactRef, out: Console, picture: Path | None)
         out.print(f"picture: [bold]{picture}[/]")
 
 
-def size(count: float) -> str:
-    """Bytes for people: three digits and a decimal unit."""
-    unit = 0
-    while count >= 999.5 and unit < len(UNITS) - 1:
-        count, unit = count / 1000, unit + 1
-    return f"{count:.{0 if unit == 0 or count >= 99.95 else 1 if count >= 9.995 else 2}f} {UNITS[unit]}"
-
-
-def moment(seconds: float) -> str:
-    """A time since the epoch as the local date and minute."""
-    return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
-
-
 def _record(record: ArtifactRecord, out: Console) -> None:
     made, versions = record.provenance, record.provenance["versions"]
     out.print(f"fingerprint {record.fingerprint}", markup=False)
@@ -77,7 +63,7 @@ def _record(record: ArtifactRecord, out: Console) -> None:
 def _files(files: dict[str, int], out: Console) -> None:
     table = _table("file", "size")
     for name, count in files.items():
-        table.add_row(name, size(count))
+        table.add_row(name, human_bytes(count))
     out.print(table, soft_wrap=False)
 
 
@@ -97,15 +83,15 @@ def _columns(table: Table, shards: Shards, out: Console) -> None:
         count = shards.columns[column.name]
         meaning = escape(column.doc) + ("; may be empty" if column.nullable else "")
         share = f"{100 * count / total:.1f} %"
-        shown.add_row(column.name, str(column.type), meaning, size(count), share, f"{count / rows:,.1f}")
+        shown.add_row(column.name, str(column.type), meaning, human_bytes(count), share, f"{count / rows:,.1f}")
     out.print(shown, soft_wrap=False)
 
 
 def _facts(record: ArtifactRecord, shards: Shards, out: Console) -> None:
     sizes, rows = [s.bytes for s in shards.all], sum(s.rows for s in shards.all)
     out.print(
-        f"\n{rows:,} rows in {len(sizes)} shards of {size(min(sizes))} to {size(max(sizes))}, "
-        f"median {size(statistics.median(sizes))}; {size(sum(sizes))} in all"
+        f"\n{rows:,} rows in {len(sizes)} shards of {human_bytes(min(sizes))} to {human_bytes(max(sizes))}, "
+        f"median {human_bytes(statistics.median(sizes))}; {human_bytes(sum(sizes))} in all"
     )
     responses = record.result.get("response_tokens")
     if record.ref.startswith("cache/") and responses:

@@ -7,7 +7,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as Shown
 
-from jobs.describe import describe, moment, size
+from jobs.describe import describe
+from jobs.figures import human_bytes, moment
 from jobs.stages import NAMES, open_store
 from pipeline.folders import text_config
 from pipeline.inventory import Entry, artifacts, entry
@@ -134,7 +135,7 @@ def _line(found: Entry, *, own: bool) -> list[str]:
     """The cells of one artifact."""
     name = f"{'●' if own else ' '} {found.ref}"
     state = f"[{COLOURS[found.state]}]{found.state}[/]"
-    shards, files = str(found.shards or ""), size(found.bytes) if found.files else ""
+    shards, files = str(found.shards or ""), human_bytes(found.bytes) if found.files else ""
     if found.record is None:
         return [name, state, "", shards, files, "", ""]
     rows = "" if found.rows is None else f"{found.rows:,}"

@@ -13,6 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from jobs.figures import human_bytes, human_number, human_time
 from jobs.probe import Measured, probe
 from jobs.stages import layer_plan, load_stage, open_store, tapped_layers, teacher_path
 from pipeline.data.encoding import EncodedSample, Encoder, image_token_of
@@ -171,34 +172,15 @@ def show(plan: Plan, out: Console) -> None:
 def _cells(lengths: Lengths, signal: Signal, its: Cost) -> list[str]:
     return [
         ("* " if signal.own else "  ") + signal.name,
-        human(signal.bytes),
-        *(human(share) for share in _shares(lengths, signal).values()),
+        human_bytes(signal.bytes),
+        *(human_bytes(share) for share in _shares(lengths, signal).values()),
         human_time(its.pass_seconds),
-        human(its.write_bytes_per_second),
-        human(its.read_bytes_per_second),
+        human_bytes(its.write_bytes_per_second),
+        human_bytes(its.read_bytes_per_second),
         human_number(its.dollars_per_month),
         human_number(its.break_even_passes),
         f"slice ≤ {100 * its.largest_fraction:.2g} %" if its.answer == "bounded slice" else its.answer,
     ]
-
-
-def human(size: float) -> str:
-    """Bytes with three digits and a decimal unit."""
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if size < 999.5:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} PB"
-
-
-def human_time(seconds: float) -> str:
-    """Seconds, or hours where there are some."""
-    return f"{seconds:.3g} s" if seconds < 360 else f"{seconds / 3600:,.3g} h"
-
-
-def human_number(value: float) -> str:
-    """Two decimals where they say something."""
-    return "< 0.01" if 0 < value < 0.01 else f"{value:,.2f}" if value < 10 else f"{value:,.0f}"
 
 
 def _notes(plan: Plan) -> list[str]:
@@ -209,15 +191,15 @@ def _notes(plan: Plan) -> list[str]:
     source = "samples table" if plan.prepared else "data file (an estimate)"
     fits = "" if plan.weights_bytes <= chosen.memory_gib * 2**30 else f", more than its {chosen.memory_gib:g} GiB"
     return [
-        f"*: this run's cache, {human(plan.bytes)} in {plan.shards} shards",
+        f"*: this run's cache, {human_bytes(plan.bytes)} in {plan.shards} shards",
         f"lengths: {lengths.samples:,} samples of {tokens:.1f} tokens, {images:.1f} of images and {answers:.1f} of "
         f"answers; by {lengths.seen:,} of the {source}",
         f"teacher: one pass on one {name}, {chosen.flops(run.cache.dtype) / 1e12:.3g} TFLOP/s in {run.cache.dtype} at "
-        f"${chosen.dollars_per_hour:g} an hour; its weights take {human(plan.weights_bytes)}{fits}",
+        f"${chosen.dollars_per_hour:g} an hour; its weights take {human_bytes(plan.weights_bytes)}{fits}",
         f"write/s: of one {name} with the teacher; read/s: of one that trains, in {STEP:g} of its forwards a step",
         f"answer: cache where a month's storage costs at most {plan.passes:g} passes of the teacher or "
         f"${NEXT_TO_NOTHING:g}, and a training",
-        f"        {name} reads at most its share of a node, {human(plan.storage.read_rate)}/s",
+        f"        {name} reads at most its share of a node, {human_bytes(plan.storage.read_rate)}/s",
     ]
 
 

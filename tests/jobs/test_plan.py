@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs.plan import human, human_time, make_plan, rates_file
+from jobs.figures import human_bytes, human_time
+from jobs.plan import make_plan, rates_file
 from schemas.runfile import load_run
 from tests.jobs.test_cli import committed, decant, refused
 
@@ -80,10 +81,10 @@ def test_probe_of_too_few_samples_is_refused(run_file: Path) -> None:
 
 
 def test_human_units_round_where_the_unit_changes() -> None:
-    assert [human(size) for size in (0, 999.4, 999.6, 1.5e6, 59.9e12, 2e15)] == [
+    assert [human_bytes(size) for size in (0, 999.4, 999.6, 1.5e6, 59.9e12, 2e15)] == [
         "0 B",
         "999 B",
-        "1 KB",
+        "1 kB",
         "1.5 MB",
         "59.9 TB",
         "2 PB",
