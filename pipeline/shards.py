@@ -64,13 +64,16 @@ def encode_shard(
         "decant.checksum": checksum(data),
         **{f"decant.{name}": value for name, value in (notes or {}).items()},
     }
+    small = [c.name for c in table.columns if c.compression == "zstd" and not pa.types.is_integer(c.type)]
     pq.write_table(
         data.replace_schema_metadata(footer),
         file,
         compression={c.name: c.compression for c in table.columns},
         use_dictionary=False,
-        # the smallest and largest payload say nothing, and take up to 4 KB four times a column
-        write_statistics=[c.name for c in table.columns if not pa.types.is_large_binary(c.type)],
+        # lengths by themselves compress better than one before each value
+        column_encoding=dict.fromkeys(small, "DELTA_LENGTH_BYTE_ARRAY"),
+        # the smallest and largest payload say nothing, and would take up to 4 KB four times a column
+        write_statistics=False,
     )
 
 
