@@ -100,6 +100,7 @@ def rounds(request: pytest.FixtureRequest, tiny_teacher: Path, scenes_folder: Pa
         "prepare": {"workers": int(request.param == "prepare")},
         "cache": {"cpus_per_worker": 0.75, "batch": 1, "decoders": 1},
     }
+    Path(settings["store"]).mkdir()
     run = RunConfig.model_validate(settings)
     for name in NAMES[: NAMES.index(request.param)]:
         run_named(name, run, QUIET)
