@@ -180,10 +180,15 @@ def read_notes(store: Store, ref: ArtifactRef, name: str) -> dict[str, str]:
         metadata = _parquet(store, f"{ref}/{name}", pq.read_schema).metadata or {}
     except (pa.ArrowException, OSError) as error:
         raise ShardCorrupt(f"{where}: cannot be read as Parquet: {_line(error)}; {_remedy(ref)}") from None
-    found = {k.decode()[7:]: v.decode() for k, v in metadata.items() if k.startswith(b"decant.")}
+    found = notes_of(metadata)
     if not found:
         raise ShardCorrupt(f"{where}: was not written by decant (no footer)")
     return found
+
+
+def notes_of(metadata: Mapping[bytes, bytes]) -> dict[str, str]:
+    """The ``decant.*`` entries of a footer, or of the schema of rows that were read, without the prefix."""
+    return {k.decode()[7:]: v.decode() for k, v in metadata.items() if k.startswith(b"decant.")}
 
 
 def uncommitted(store: Store, ref: ArtifactRef, count: int) -> list[int]:

@@ -1,4 +1,6 @@
-"""Tiny random models of every decoder family that Decant is tested on, alone and inside vision-language models."""
+"""Tiny random models of every decoder family that Decant is tested on, alone and inside vision-language models.
+
+And the configuration of one at its real size."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +29,7 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SiglipVisionConfig,
 )
 
 from pipeline.initialise import initialise
@@ -177,3 +180,24 @@ def image_prompt(family: str, text: torch.Tensor) -> dict[str, torch.Tensor]:
     if family == "llava-next":
         inputs |= {"pixel_values": torch.randn(1, 2, 3, 28, 28), "image_sizes": torch.tensor([[28, 28]])}
     return inputs
+
+
+def tinyllava(**settings: Any) -> LlavaConfig:
+    """The configuration of TinyLLaVA-Phi-2-SigLIP-3.1B: Phi-2, and SigLIP so400m at 384 pixels."""
+    text = PhiConfig(
+        vocab_size=51200,
+        hidden_size=2560,
+        intermediate_size=10240,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        partial_rotary_factor=0.4,
+    )
+    vision = SiglipVisionConfig(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        image_size=384,
+        patch_size=14,
+    )
+    return LlavaConfig(vision_config=vision, text_config=text, **settings)

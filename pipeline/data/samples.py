@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from pipeline.data.conversations import part_conversations
 from pipeline.data.encoding import EncodedSample, Encoder, read_image
 from pipeline.data.records import Part
-from pipeline.shards import fold_manifest, read_notes, read_shard, write_shard
+from pipeline.shards import fold_manifest, notes_of, read_shard, write_shard
 from pipeline.store import Store
 from schemas.artifacts import ArtifactRef
 from schemas.config import PrepareConfig
@@ -66,7 +66,7 @@ def finish(store: Store, ref: ArtifactRef, config: PrepareConfig, count: int, fi
     rejects: list[Reject] = []
     for info in manifest.shards:
         data = read_shard(store, ref, SAMPLES, info, ["sample_id", "tokens", "response_tokens"])
-        notes = read_notes(store, ref, info.name)
+        notes = notes_of(data.schema.metadata)
         counts["tokens"] += sum(data["tokens"].to_pylist())
         counts["response_tokens"] += sum(data["response_tokens"].to_pylist())
         counts["truncated"] += int(notes["truncated"])

@@ -35,6 +35,7 @@ from pipeline.store import Store
 from schemas.artifacts import ArtifactRef
 from schemas.config import CacheConfig, StoreConfig, TapsConfig
 from schemas.tables import SAMPLES
+from tests.decoders import tinyllava
 
 LAYERS = tuple(range(0, 32, 4))
 VARIANTS = {
@@ -47,43 +48,18 @@ SOURCE = ArtifactRef("prepare", "bench", 1)
 
 def config(*, small: bool) -> LlavaConfig:
     """Phi-2 and SigLIP so400m at 384 pixels, or something tiny."""
-    tokenizer = teacher_model.build_tokenizer()
-    if small:
-        text = PhiConfig(
-            vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=32, num_attention_heads=2
-        )
-        vision = SiglipVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            image_size=56,
-            patch_size=14,
-        )
-    else:
-        text = PhiConfig(
-            vocab_size=51200,
-            hidden_size=2560,
-            intermediate_size=10240,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            partial_rotary_factor=0.4,
-        )
-        vision = SiglipVisionConfig(
-            hidden_size=1152,
-            intermediate_size=4304,
-            num_hidden_layers=27,
-            num_attention_heads=16,
-            image_size=384,
-            patch_size=14,
-        )
-    return LlavaConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_select_strategy="full",
-        vision_feature_layer=-2,
+    settings = {
+        "image_token_index": teacher_model.build_tokenizer().convert_tokens_to_ids("<image>"),
+        "vision_feature_select_strategy": "full",
+        "vision_feature_layer": -2,
+    }
+    if not small:
+        return tinyllava(**settings)
+    text = PhiConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=32, num_attention_heads=2)
+    vision = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14
     )
+    return LlavaConfig(vision_config=vision, text_config=text, **settings)
 
 
 def teacher_folder(folder: Path, made: LlavaConfig, device: torch.device) -> None:

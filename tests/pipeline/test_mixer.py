@@ -4,10 +4,7 @@ import pytest
 import torch
 from transformers import (
     GraniteMoeHybridConfig,
-    LlavaConfig,
     LlavaForConditionalGeneration,
-    PhiConfig,
-    SiglipVisionConfig,
 )
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridMambaLayer
 
@@ -19,7 +16,7 @@ from pipeline.surgery import mixers, replace_layers, trainable_names
 from schemas.errors import ConfigInvalid
 from schemas.hybrid import MixerDims
 from schemas.layers import LayerPlan, LayersConfig, plan_layers
-from tests.decoders import build, hybrid, randomise
+from tests.decoders import build, hybrid, randomise, tinyllava
 from tests.tolerances import FLOAT32_LOGITS, FLOAT64
 
 PHI2 = MixerDims(hidden=2560, heads=32, kv_heads=32, head_dim=80, bias=False)
@@ -44,19 +41,8 @@ def test_phi2_mixer_has_stock_mamba2s_parameters() -> None:
 
 @pytest.mark.parametrize(("ratio", "count"), [(0.125, 141_071_744), (0.25, 272_635_648), (0.5, 535_763_456)])
 def test_tinyllava_trains_as_many_parameters_as_matvlm(ratio: float, count: int) -> None:
-    text = PhiConfig(
-        vocab_size=51200, hidden_size=2560, intermediate_size=10240, num_hidden_layers=32, num_attention_heads=32
-    )
-    vision = SiglipVisionConfig(
-        hidden_size=1152,
-        intermediate_size=4304,
-        num_hidden_layers=27,
-        num_attention_heads=16,
-        image_size=384,
-        patch_size=14,
-    )
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text))
+        model = LlavaForConditionalGeneration(tinyllava())
         plan = plan_layers(LayersConfig(ratio=ratio), 32)
         replace_layers(model, plan, bias=False, ops=TORCH)
     assert sum(model.get_parameter(n).numel() for n in trainable_names(model)) == count

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlavaConfig, PhiConfig, SiglipVisionConfig
 
 from jobs.plan import rates_file
 from jobs.stages import layer_plan, tapped_layers, teacher_path
@@ -23,6 +22,7 @@ from pipeline.shards import read_manifest
 from schemas.accelerators import Rates, load_rates
 from schemas.config import CacheConfig, RunConfig, TapsConfig
 from schemas.errors import SampleInvalid
+from tests.decoders import tinyllava
 from tests.pipeline.test_training import make_cache
 from tests.tolerances import COUNTED_FLOPS, KNOWN_BYTES, KNOWN_PASS, PLANNED_BYTES
 
@@ -34,16 +34,7 @@ REPLACED = tuple(range(0, 32, 4))
 def phi2_siglip(tmp_path_factory: pytest.TempPathFactory) -> ModelSize:
     """TinyLLaVA-Phi-2-SigLIP-3.1B's size, from a configuration without weights."""
     folder = tmp_path_factory.mktemp("llava")
-    text = PhiConfig(hidden_size=2560, num_hidden_layers=32, intermediate_size=10240, vocab_size=51200)
-    vision = SiglipVisionConfig(
-        hidden_size=1152,
-        num_hidden_layers=27,
-        intermediate_size=4304,
-        num_attention_heads=16,
-        image_size=384,
-        patch_size=14,
-    )
-    LlavaConfig(vision_config=vision, text_config=text).save_pretrained(folder)
+    tinyllava().save_pretrained(folder)
     return model_size(str(folder))
 
 
