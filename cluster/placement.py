@@ -1,7 +1,7 @@
 """Checks a placement against the cluster before any work, so that nothing waits for resources that will never come."""
 
-from schemas.config import PreparePlacement, WorkerPlacement
 from schemas.errors import ConfigInvalid
+from schemas.placement import PreparePlacement, WorkerPlacement
 
 # How Ray names the resource of a kind of accelerator.
 ACCELERATOR = "accelerator_type:"

@@ -17,7 +17,7 @@ from pipeline.stage import require
 from pipeline.store import Store
 from schemas.artifacts import ArtifactRecord, ArtifactRef
 from schemas.errors import StoreUnavailable
-from schemas.tables import Table, recorded_table
+from schemas.tables import VISION, Table, recorded_table
 
 # A bar's last cell is filled in eighths.
 EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -96,7 +96,7 @@ def _facts(record: ArtifactRecord, shards: Shards, out: Console) -> None:
     responses = record.result.get("response_tokens")
     if record.ref.startswith("cache/") and responses:
         taps = sum(count for name, count in shards.columns.items() if name.startswith("tap_"))
-        rest = sum(shards.columns.values()) - taps
+        rest = sum(shards.columns.values()) - taps - shards.columns.get(VISION, 0)
         out.print(
             f"{rest / responses:,.1f} B of targets and {taps / responses:,.1f} B of taps for each of "
             f"{responses:,} response tokens"

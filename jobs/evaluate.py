@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 
 from cluster.placement import check_fits
 from cluster.session import session
-from jobs.distill import INITIAL, WEIGHTS
 from jobs.progress import Progress
 from jobs.stages import file_digest, layer_plan, resolved, store_of, teacher_digests, teacher_path
+from jobs.train import INITIAL, WEIGHTS
 from pipeline.data.encoding import Encoder
 from pipeline.evaluation import Answers, answer, held_out_kl, read_questions, score
 from pipeline.models import load_model, load_processor, pick_device
@@ -20,8 +20,9 @@ from pipeline.stage import Stage
 from pipeline.store import Store
 from pipeline.student import apply_trained, build_student
 from pipeline.surgery import mixers
-from schemas.config import Backend, RunConfig, StoreConfig
+from schemas.config import RunConfig, StoreConfig
 from schemas.layers import LayerPlan
+from schemas.sections import Backend
 
 Who = Literal["teacher", "student_untrained", "student"]
 PREDICTIONS = "predictions.jsonl"

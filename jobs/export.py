@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from jobs.distill import WEIGHTS
 from jobs.stages import layer_plan, resolved, teacher_digests, teacher_path
+from jobs.train import WEIGHTS
 from pipeline.folders import processor_files, stored_dtype
 from pipeline.ops.opset import TORCH
 from pipeline.stage import Stage

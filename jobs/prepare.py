@@ -25,8 +25,9 @@ from pipeline.shards import uncommitted
 from pipeline.stage import Stage
 from pipeline.store import Store
 from schemas.artifacts import ArtifactRef
-from schemas.config import PrepareConfig, PreparePlacement, RunConfig, StoreConfig
+from schemas.config import PrepareConfig, RunConfig, StoreConfig
 from schemas.errors import SampleInvalid
+from schemas.placement import PreparePlacement
 from schemas.tables import SAMPLES
 
 

@@ -28,7 +28,8 @@ class Measured:
     """What the workers did with ``samples`` samples.
 
     ``samples_per_second`` is of all workers once they run, ``overhead_seconds`` everything else: starting Ray,
-    importing, loading the teacher, ending. ``target_bytes`` are those of one shard with all the rows and no taps.
+    importing, loading the teacher, ending. ``target_bytes`` are those of one shard with all the rows, without taps and
+    vision features.
     """
 
     samples: int
@@ -89,7 +90,8 @@ def _rate(folder: Path, manifest: Manifest, workers: int) -> float:
 
 def _target_bytes(store: Store, job: CacheJob, manifest: Manifest) -> int:
     """What the targets of all shards take in one: small shards compress worse."""
-    full, table = targets_table(job.config, job.tapped), targets_table(job.config, ())
+    full = targets_table(job.config, job.tapped)
+    table = targets_table(job.config.model_copy(update={"vision": "none"}), ())
     columns: dict[str, list[object]] = {c.name: [] for c in table.columns}
     for info in manifest.shards:
         data = read_shard(store, job.targets, full, info, list(columns))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.mixer import D_CONV, Mamba2Mixer
 from pipeline.surgery import attention_projections, qk_gains
-from schemas.config import Init
+from schemas.sections import Init
 
 # Mamba-2's ranges for the step size and the decay rate.
 DT_MIN, DT_MAX, DT_FLOOR, A_MAX = 1e-3, 0.1, 1e-4, 16.0

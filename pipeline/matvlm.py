@@ -13,9 +13,9 @@ from pipeline.models import decoder, head, load_model
 from pipeline.ops.backends import resolve
 from pipeline.student import add_head_bias, load_exactly, mark
 from pipeline.surgery import mixers, replace_layers
-from schemas.config import Backend
 from schemas.errors import ConfigInvalid
 from schemas.layers import LayerPlan
+from schemas.sections import Backend
 
 CONFIG_FILE = "mamba_config.json"
 # TinyLLaVA's prefixes and transformers' for the same modules; transformers 5 releases differ in the vision tower's.

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from pydantic import Field
 
-from schemas.config import Dtype, Section
 from schemas.errors import ConfigInvalid
 from schemas.runfile import read_mapping, validated
+from schemas.sections import Dtype, Section
 
 
 class Accelerator(Section):

@@ -26,6 +26,12 @@ class ArtifactRef:
         return f"{self.kind}/{self.name}@{self.version}"
 
     @staticmethod
+    def named(kind: str, name: str) -> "ArtifactRef":
+        """The artifact ``name@version`` of a kind."""
+        stem, _, version = name.partition("@")
+        return ArtifactRef(kind, stem, int(version))
+
+    @staticmethod
     def parse(text: str) -> "ArtifactRef | None":
         """The artifact that the text spells, None where it spells none."""
         match = re.fullmatch(r"([a-z-]+)/([A-Za-z0-9._-]+)@([1-9][0-9]*)", text)

@@ -6,35 +6,16 @@ Owns the types only; ``schemas.runfile`` reads YAML and overrides. Sections name
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from schemas.artifacts import ArtifactRef
 from schemas.layers import LayersConfig
+from schemas.placement import Placement
+from schemas.recipe import DistillConfig
+from schemas.sections import ARTIFACT, ActivationType, Dtype, Init, Part, Positions, Section, StageSection
 
-Init = Literal["matvlm", "mimic", "random"]
-Device = Literal["auto", "cpu", "cuda"]
-Dtype = Literal["float32", "bfloat16"]
-# Who computes the mixers' operations; `auto` takes the kernels where they are installed and the device is CUDA.
-Backend = Literal["auto", "torch", "mamba-ssm"]
-# What of the student trains. `norms` and `mlp` are those of the replaced layers.
-Part = Literal["mixers", "connector", "norms", "mlp"]
-# How activations are kept: 16 bits, or 8 with a scale a token.
-ActivationType = Literal["bfloat16", "fp8_e4m3"]
-Positions = Literal["response", "text", "all"]
 # Counts are stored in one byte.
 MAX_DRAWS = 255
-
-
-class Section(BaseModel):
-    """Strict and immutable: unknown keys are errors, because a misspelt setting must not silently be a default."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class StageSection(Section):
-    """A stage's settings; ``artifact`` (``name@version``) is where its result goes, the run's name at 1 by default."""
-
-    artifact: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]+@[1-9][0-9]*$")
 
 
 class StoreConfig(Section):
@@ -126,78 +107,30 @@ class TapsConfig(Section):
 class CacheConfig(StageSection):
     """What the teacher leaves behind: targets of its distribution at the chosen positions, and taps.
 
-    ``positions`` predict a supervised token (``response``), any token that is no image's (``text``), or any (``all``).
+    ``positions`` predict a supervised token (``response``), any token that is no image's (``text``), or are all there
+    are (``all``), the last one too, which no token follows.
+    ``vision`` keeps the features that enter the connector, so that training needs neither pixels nor vision tower.
     """
 
     targets: TargetsConfig = SampledTargets()
     positions: Positions = "response"
     taps: TapsConfig = TapsConfig()
+    vision: Literal["none", "bfloat16"] = "none"
     dtype: Dtype = "float32"
     seed: int = 0
 
 
 class StudentConfig(Section):
-    """The hybrid: which layers become Mamba-2, how their mixers start, and what trains."""
+    """The hybrid: which layers become Mamba-2, how their mixers start, and what trains.
+
+    ``start`` (``name@version`` of a finished ``distill`` artifact of the same teacher) gives the trained parts of an
+    earlier student; what it lacks, such as further mixers, starts as ``init`` says.
+    """
 
     layers: LayersConfig
     init: Init = "mimic"
     train: tuple[Part, ...] = Field(("mixers", "connector"), min_length=1)
-
-
-class LossWeights(Section):
-    """α (KL), β (layer) and γ (cross-entropy) of the total loss."""
-
-    kl: float = Field(1.0, ge=0)
-    layer: float = Field(1.0, ge=0)
-    ce: float = Field(0.0, ge=0)
-
-
-class Phase(Section):
-    """Optimizer steps with one learning-rate schedule: linear warm-up, constant, cosine decay to zero."""
-
-    steps: int = Field(ge=1)
-    batch: int = Field(64, ge=1)
-    lr: float = Field(2e-4, gt=0)
-    warmup_steps: int = Field(0, ge=0)
-    decay_steps: int = Field(0, ge=0)
-
-    @model_validator(mode="after")
-    def _fits(self) -> "Phase":
-        if self.warmup_steps + self.decay_steps > self.steps:
-            raise ValueError(f"warmup_steps + decay_steps exceed steps ({self.steps})")
-        return self
-
-
-class AlignPhase(Phase):
-    """Mixers alone, from the taps: no model body runs."""
-
-    kind: Literal["align"]
-
-
-class DistillPhase(Phase):
-    """The whole student on cached targets, with the layer loss where a batch has taps."""
-
-    kind: Literal["distill"]
-    weights: LossWeights = LossWeights()
-
-    @model_validator(mode="after")
-    def _reaches_all(self) -> "DistillPhase":
-        if self.weights.kl == self.weights.ce == 0:
-            raise ValueError("weights.kl and weights.ce are both 0: the layer loss alone is an `align` phase")
-        return self
-
-
-class DistillConfig(StageSection):
-    """How the student is trained. Betas, decay and clipping default to MaTVLM's."""
-
-    phases: tuple[Annotated[AlignPhase | DistillPhase, Field(discriminator="kind")], ...] = Field(min_length=1)
-    layer_loss: Literal["mse", "frobenius"] = "mse"
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = Field(0.01, ge=0)
-    clip: float = Field(0.1, gt=0)
-    dtype: Dtype = "float32"
-    seed: int = 0
-    checkpoint_every: int = Field(200, ge=1)
+    start: str | None = Field(None, pattern=ARTIFACT)
 
 
 class EvaluateConfig(StageSection):
@@ -214,40 +147,6 @@ class EvaluateConfig(StageSection):
 
 class ExportConfig(StageSection):
     """A self-contained folder: weights in the types that they have, configuration and processor."""
-
-
-class WorkerPlacement(Section):
-    """Resources of the workers of one stage; ``accelerator_type`` as Ray names it (``H100``, ``A100``, ``L4``)."""
-
-    workers: int = Field(1, ge=1)
-    cpus_per_worker: float = Field(1.0, gt=0)
-    gpus_per_worker: float = Field(0.0, ge=0)
-    accelerator_type: str | None = None
-    batch: int = Field(32, ge=1)
-
-
-class PreparePlacement(Section):
-    """CPU workers; none at all means this process, which is faster for some thousand samples than starting Ray."""
-
-    workers: int = Field(1, ge=0)
-    cpus_per_worker: float = Field(1.0, gt=0)
-
-
-class CachePlacement(WorkerPlacement):
-    """Teacher workers, and the CPU workers that decode images for them."""
-
-    decoders: int = Field(2, ge=1)
-
-
-class Placement(Section):
-    """Where the stages run. Changing it never changes what a stage makes, beyond the hardware's rounding."""
-
-    device: Device = "auto"
-    backend: Backend = "auto"
-    prepare: PreparePlacement = PreparePlacement()
-    cache: CachePlacement = CachePlacement()
-    distill: WorkerPlacement = WorkerPlacement()
-    evaluate: WorkerPlacement = WorkerPlacement()
 
 
 class RunConfig(Section):
@@ -267,5 +166,8 @@ class RunConfig(Section):
     def ref(self, stage: str) -> ArtifactRef:
         """The artifact that a stage of this run makes."""
         section: StageSection = getattr(self, stage)
-        name, _, version = (section.artifact or f"{self.name}@1").partition("@")
-        return ArtifactRef(stage, name, int(version))
+        return ArtifactRef.named(stage, section.artifact or f"{self.name}@1")
+
+    def earlier(self) -> ArtifactRef | None:
+        """The trained student that this one starts from."""
+        return ArtifactRef.named("distill", self.student.start) if self.student.start else None

@@ -39,3 +39,11 @@ class ClusterLost(DecantError):
 
 class BackendUnavailable(DecantError):
     """A backend was asked for by name and cannot be used here; says why and how to install it."""
+
+
+class TrainingDiverged(DecantError):
+    """A loss or gradient is not a number any more; names the step and the samples."""
+
+
+class MemoryExhausted(DecantError):
+    """A worker's device has too little memory; names the settings to lower."""

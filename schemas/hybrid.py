@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from schemas.config import Backend, Part
 from schemas.errors import ConfigInvalid
+from schemas.sections import Backend, Part
 
 FORMAT = 1
 

@@ -16,6 +16,8 @@ from schemas.errors import ShardCorrupt
 
 # Compression takes a fifth off activations and most of the speed of reading them.
 ACTIVATIONS: Literal["none"] = "none"
+# The column of vision features, where there are any.
+VISION = "vision"
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,17 @@ def _distribution_columns(targets: TargetsConfig) -> tuple[Column, ...]:
     return (hidden, scale) if targets.dtype == "fp8_e4m3" else (hidden,)
 
 
+def _vision_columns(cache: CacheConfig) -> tuple[Column, ...]:
+    """The features that enter the connector, of each row's image."""
+    if cache.vision == "none":
+        return ()
+    features = f"{cache.vision}[patches, width]: the features that enter the connector"
+    return (
+        Column("patches", pa.int32(), "patches of the image, 0 where there is none"),
+        Column(VISION, pa.large_binary(), features, True, ACTIVATIONS),
+    )
+
+
 def targets_table(cache: CacheConfig, tapped: Sequence[int]) -> Table:
     """The ``targets`` table of a cache with taps of the given layers; rows stand as in the samples' same shard."""
     columns = (
@@ -131,6 +144,7 @@ def targets_table(cache: CacheConfig, tapped: Sequence[int]) -> Table:
         Column("lse", pa.large_binary(), "float32[positions]: log-sum-exp of the logits"),
         Column("gold_logprob", pa.large_binary(), "float16[positions]: log-probability of the token that follows"),
         Column("entropy", pa.large_binary(), "float16[positions]: entropy at the capture temperature, nats"),
+        *_vision_columns(cache),
     )
     taps = tuple(c for layer in tapped for c in tap_columns(layer, cache.taps))
     return Table("targets", 2, columns + taps)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pipeline.ops import reference
 from pipeline.ops.opset import TORCH, OpSet
-from schemas.config import Backend
 from schemas.errors import BackendUnavailable
+from schemas.sections import Backend
 
 log = logging.getLogger("decant")
 # Stock Mamba-2's chunk; the kernels want a power of two.

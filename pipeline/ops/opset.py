@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pipeline.ops import reference
-from schemas.config import Backend
+from schemas.sections import Backend
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from pipeline.models import body, build_model, connector, decoder, head
 from pipeline.planning.lengths import Lengths
+from pipeline.vision import feature_width
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class ModelSize:
     """What of a model's size counts: parameters by part, and what attention needs besides.
 
     ``attention`` is heads × head dimension; ``tile`` the patches that attend to each other in the vision tower, 0 where
-    that is not one fixed image (windows are small beside the rest); ``merge`` the patches that make one image token.
+    that is not one fixed image (windows are small beside the rest); ``merge`` the patches that make one image token;
+    ``features`` the width of the vision features that a cache can keep, 0 where it cannot.
     """
 
     parameters: int
@@ -31,21 +33,25 @@ class ModelSize:
     tile: int = 0
     merge: int = 1
     connector: int = 0
+    features: int = 0
 
     def pass_flops(self, lengths: Lengths, positions: float) -> float:
         """FLOPs of one forward over the data set, its head applied at ``positions`` positions.
 
         Two a parameter and token; causal attention adds 2 T² (scores and values, half of each), full attention 4 T².
         """
-        patches = lengths.image_tokens * self.merge
         return (
             2.0 * self.decoder * lengths.tokens
             + 2.0 * lengths.squared_tokens * self.attention * self.layers
             + 2.0 * self.hidden * self.vocabulary * positions
-            + 2.0 * self.vision * patches
-            + 4.0 * patches * self.tile * self.vision_hidden * self.vision_layers
+            + self.vision_flops(lengths)
             + 2.0 * self.connector * lengths.image_tokens
         )
+
+    def vision_flops(self, lengths: Lengths) -> float:
+        """FLOPs of the vision tower in one pass."""
+        patches = lengths.image_tokens * self.merge
+        return 2.0 * self.vision * patches + 4.0 * patches * self.tile * self.vision_hidden * self.vision_layers
 
 
 def model_size(path: str) -> ModelSize:
@@ -66,6 +72,7 @@ def model_size(path: str) -> ModelSize:
         vocabulary=out.out_features,
         vision=_count(body(model)) - _count(layers) - joined,
         connector=joined,
+        features=feature_width(config) or 0,
         **_vision(getattr(config, "vision_config", None)),
     )
 

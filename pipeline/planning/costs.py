@@ -12,7 +12,7 @@ from pipeline.planning.compute import ModelSize
 from pipeline.planning.lengths import Lengths
 from pipeline.planning.signals import Signal
 from schemas.accelerators import Accelerator, Storage
-from schemas.config import Dtype
+from schemas.sections import Dtype
 
 Answer = Literal["cache", "bounded slice", "recompute"]
 # A training step from the cache in units of the teacher's forward on the same tokens: the student's forward and its
@@ -26,7 +26,7 @@ LEAST_SLICE = 1000
 
 @dataclass(frozen=True)
 class Cost:
-    """One signal's figures: the pass that computes it, the rates of one accelerator, the store's price.
+    """One signal's figures: the pass (or part of one) that computes it, one accelerator's rates, the store's price.
 
     At ``break_even_passes`` a month the passes cost what the storage does. ``largest_fraction`` is the largest share of
     the samples that both rules allow.
@@ -53,14 +53,15 @@ def cost(
 ) -> Cost:
     """What the signal costs, if ``passes`` teacher passes a month are what not caching it would take."""
     seconds = size.pass_flops(lengths, signal.head_positions) / accelerator.flops(dtype)
-    dollars = seconds / 3600 * accelerator.dollars_per_hour
+    spared = seconds * signal.spared
+    dollars = spared / 3600 * accelerator.dollars_per_hour
     monthly = signal.bytes / 1e9 * storage.dollars_per_gb_month
     read = signal.bytes / (STEP * seconds)
     worth = max(passes * dollars, NEXT_TO_NOTHING)
     allowed = min(worth / monthly if monthly else inf, storage.read_rate / read if read else inf)
     share = min(1.0, allowed * (signal.fraction or 1.0))
     return Cost(
-        pass_seconds=seconds,
+        pass_seconds=spared,
         pass_dollars=dollars,
         write_bytes_per_second=signal.bytes / seconds,
         read_bytes_per_second=read,

@@ -16,8 +16,9 @@ from pipeline.shards import read_manifest, read_shard
 from pipeline.store import Store
 from pipeline.taps import is_tapped
 from schemas.artifacts import ArtifactRef
-from schemas.config import CacheConfig, Positions, PrepareConfig
+from schemas.config import CacheConfig, PrepareConfig
 from schemas.errors import SampleInvalid
+from schemas.sections import Positions
 from schemas.tables import SAMPLES
 
 T = TypeVar("T")

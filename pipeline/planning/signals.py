@@ -10,15 +10,8 @@ from pipeline.planning.compute import ModelSize
 from pipeline.planning.lengths import KINDS, Lengths
 from pipeline.shards import shard_bytes
 from pipeline.targets import UINT16_IDS
-from schemas.config import (
-    CacheConfig,
-    FinalHiddenTargets,
-    Positions,
-    SampledTargets,
-    TapsConfig,
-    TargetsConfig,
-    TopKTargets,
-)
+from schemas.config import CacheConfig, FinalHiddenTargets, SampledTargets, TapsConfig, TargetsConfig, TopKTargets
+from schemas.sections import Positions
 from schemas.tables import Table, tap_columns, targets_table
 
 # Distinct ids of 50 draws a position, where no probe has counted them, and how they grow with the draws (a power law).
@@ -41,7 +34,8 @@ FINGERPRINT = "0" * 32
 class Signal:
     """One thing to cache: its bytes over the data set, and at how many positions the head runs for it.
 
-    ``own`` marks what this run's cache writes; ``fraction`` is the share of the samples, of taps only.
+    ``own`` marks what this run's cache writes; ``fraction`` is the share of the samples, of taps only; ``spared`` the
+    share of the teacher's pass that it takes the place of.
     """
 
     group: str
@@ -50,6 +44,7 @@ class Signal:
     head_positions: float
     own: bool = False
     fraction: float | None = None
+    spared: float = 1.0
 
 
 def signals(
@@ -63,13 +58,14 @@ def signals(
 ) -> list[Signal]:
     """Every signal to compare: targets at the run's positions, then at the others; taps of the run, then all of them.
 
-    ``rows`` are those of a shard, ``tapped`` and ``replaced`` layers of the run. ``correction`` is what the rows of the
-    run's own targets take over ``row_bytes``, where that has been measured.
+    Last come vision features, where they can be cached. ``rows`` are those of a shard, ``tapped`` and ``replaced``
+    layers of the run. ``correction`` is what the rows of the run's own targets take over ``row_bytes``, where that has
+    been measured.
     """
     shards = -(-lengths.samples // rows)
     own_first = [cache.positions, *(k for k in KINDS if k != cache.positions)]
     found = [s for positions in own_first for s in _targets(size, lengths, cache, positions, shards, correction)]
-    return [*found, *_taps(size, lengths, cache, shards, tapped, replaced)]
+    return [*found, *_taps(size, lengths, cache, shards, tapped, replaced), *_vision(size, lengths, cache)]
 
 
 def _targets(
@@ -104,10 +100,15 @@ def _name(choice: TargetsConfig) -> str:
 
 
 def row_bytes(size: ModelSize, lengths: Lengths, cache: CacheConfig) -> float:
-    """Bytes that the rows of the data set take in a cache without taps."""
-    columns = targets_table(cache, ()).columns
+    """Bytes that the rows of the data set take in a cache without taps and vision features."""
+    columns = _plain_table(cache, ()).columns
     values = sum(total * _density(name, size) for name, total in _values(size, lengths, cache).items())
     return values + lengths.samples * (SAMPLE_ID + VALUE * (len(columns) - 1))
+
+
+def _plain_table(cache: CacheConfig, tapped: tuple[int, ...]) -> Table:
+    """The table without vision features, which are a signal of their own."""
+    return targets_table(cache.model_copy(update={"vision": "none"}), tapped)
 
 
 def _density(name: str, size: ModelSize) -> float:
@@ -122,10 +123,10 @@ def _id_bytes(size: ModelSize) -> int:
 
 
 def shard_overhead(size: ModelSize, lengths: Lengths, cache: CacheConfig, tapped: tuple[int, ...] = ()) -> int:
-    """Bytes of a shard beside its rows, by writing one with a single row of the mean lengths."""
+    """Bytes of a shard beside its rows, vision features left out, by writing one with a row of the mean lengths."""
     totals = _values(size, lengths, cache) | _tap_values(size, lengths.tokens, cache.taps, tapped)
     a_row = {name: round(total / lengths.samples) for name, total in totals.items()}
-    return _overhead(targets_table(cache, tapped), a_row)
+    return _overhead(_plain_table(cache, tapped), a_row)
 
 
 def _overhead(table: Table, values: Mapping[str, int]) -> int:
@@ -180,3 +181,13 @@ def _taps(
     for which, layers in (("replaced", replaced), ("all", tuple(range(size.layers)))):
         whole = sum(_tap_values(size, lengths.tokens, taps, layers).values())
         yield Signal(group, f"{which} {len(layers)} layers", whole, 0.0, fraction=1.0)
+
+
+def _vision(size: ModelSize, lengths: Lengths, cache: CacheConfig) -> Iterator[Signal]:
+    if not size.features or not lengths.image_tokens:
+        return
+    # two columns' framing, 0.3 KB a shard, does not count beside one image's features
+    total, tower = 2.0 * size.features * lengths.image_tokens, size.vision_flops(lengths)
+    spared = tower / size.pass_flops(lengths, 0.0)
+    own = cache.vision != "none"
+    yield Signal("vision features, bfloat16", "the connector's input", total, 0.0, own=own, spared=spared)

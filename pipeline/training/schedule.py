@@ -2,14 +2,14 @@
 
 import math
 
-from schemas.config import Phase
+from schemas.recipe import Schedule
 
 
-def learning_rate(phase: Phase, step: int) -> float:
-    """The rate of ``step`` (0-based) of a phase."""
-    if step < phase.warmup_steps:
-        return phase.lr * (step + 1) / phase.warmup_steps
-    left = phase.steps - step
-    if left <= phase.decay_steps:
-        return phase.lr * 0.5 * (1 - math.cos(math.pi * left / (phase.decay_steps + 1)))
-    return phase.lr
+def learning_rate(schedule: Schedule, step: int) -> float:
+    """The rate of ``step`` (0-based)."""
+    if step < schedule.warmup:
+        return schedule.lr * (step + 1) / schedule.warmup
+    left = schedule.steps - step
+    if left <= schedule.decay:
+        return schedule.lr * 0.5 * (1 - math.cos(math.pi * left / (schedule.decay + 1)))
+    return schedule.lr

@@ -51,7 +51,10 @@ def test_override_replaces_one_field() -> None:
         ("name.x=1", ["`name` holds the value 'demo'"]),
         ("student.layers={ratio: 0.5, list: [1]}", ["either `ratio` or `list`"]),
         ("distill.phases.1.weights={kl: 0, layer: 1}", ["layer loss alone is an `align` phase"]),
-        ("distill.phases.0.warmup_steps=400", ["warmup_steps + decay_steps exceed steps"]),
+        (
+            "distill.phases.0.warmup_steps=400",
+            ["phases.0", "warm-up (400 steps) and decay (200) exceed"],
+        ),
     ],
 )
 def test_wrong_setting_is_refused_by_file_and_field(override: str, says: list[str]) -> None:

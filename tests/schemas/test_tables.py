@@ -24,6 +24,7 @@ def golden() -> str:
         CacheConfig(
             targets=FinalHiddenTargets(kind="final_hidden", dtype="fp8_e4m3"), taps=TapsConfig(dtype="fp8_e4m3")
         ),
+        CacheConfig(vision="bfloat16"),
     ]
     return describe(SAMPLES) + describe(REJECTS) + "".join(describe(targets_table(kind, (0, 4))) for kind in kinds)
 

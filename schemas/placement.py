@@ -1,0 +1,77 @@
+"""Where the stages run: resources, workers and what engines do with them. Never part of an artifact's identity."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from schemas.sections import Backend, Device, Section, Strategy, Tracker
+
+
+class WorkerPlacement(Section):
+    """Resources of the workers of one stage; ``accelerator_type`` as Ray names it (``H100``, ``A100``, ``L4``)."""
+
+    workers: int = Field(1, ge=1)
+    cpus_per_worker: float = Field(1.0, gt=0)
+    gpus_per_worker: float = Field(0.0, ge=0)
+    accelerator_type: str | None = None
+
+
+class PreparePlacement(Section):
+    """CPU workers; none at all means this process, which is faster for some thousand samples than starting Ray."""
+
+    workers: int = Field(1, ge=0)
+    cpus_per_worker: float = Field(1.0, gt=0)
+
+
+class CachePlacement(WorkerPlacement):
+    """Teacher workers, ``batch`` samples a forward, and the CPU workers that decode images for them."""
+
+    batch: int = Field(32, ge=1)
+    decoders: int = Field(2, ge=1)
+
+
+class EvaluatePlacement(WorkerPlacement):
+    """One worker a model, ``batch`` questions at a time."""
+
+    batch: int = Field(32, ge=1)
+
+
+class DistillPlacement(WorkerPlacement):
+    """Student workers; nothing here changes what is learnt, beyond the rounding of sums.
+
+    With ``min_workers`` the group goes on with as few where the cluster has no more. A worker's part of a step is cut
+    into micro-batches of at most ``micro_batch`` samples and ``padding`` (a share of their tokens). ``align`` spreads
+    the layers of phases without a model body over the workers, or their samples (``data``). A failed worker group is
+    started again up to ``retries`` times without a new checkpoint in between.
+    """
+
+    min_workers: int | None = Field(None, ge=1)
+    strategy: Strategy = "ddp"
+    offload: bool = False
+    micro_batch: int = Field(8, ge=1)
+    padding: float = Field(0.05, ge=0, lt=1)
+    align: Literal["auto", "layers", "data"] = "auto"
+    activation_checkpointing: bool = False
+    compile: bool = False
+    readers: int = Field(2, ge=1)
+    retries: int = Field(3, ge=0)
+    trackers: tuple[Tracker, ...] = ()
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "DistillPlacement":
+        if self.offload and self.strategy == "ddp":
+            raise ValueError("offload needs one of the strategies zero1, zero2, zero3")
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers ({self.min_workers}) exceeds workers ({self.workers})")
+        return self
+
+
+class Placement(Section):
+    """Where the stages run. Changing it never changes what a stage makes, beyond the hardware's rounding."""
+
+    device: Device = "auto"
+    backend: Backend = "auto"
+    prepare: PreparePlacement = PreparePlacement()
+    cache: CachePlacement = CachePlacement()
+    distill: DistillPlacement = DistillPlacement()
+    evaluate: EvaluatePlacement = EvaluatePlacement()
