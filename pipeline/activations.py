@@ -4,7 +4,7 @@ Eight bits with a scale a token leave 2.6 % of the norm as noise and, unlike int
 a value: 2, or 1 and 4 more a token. They are read as they are stored and widened where they are used, on the device.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from schemas.config import ActivationType
+from schemas.sections import ActivationType
 
 # The largest finite float8 e4m3.
 FP8_MAX = 448.0
@@ -36,10 +36,9 @@ class Activation:
         """Those of some tokens, along the first dimension."""
         return Activation(self.values[chosen], None if self.scale is None else self.scale[chosen])
 
-    def to(self, device: torch.device) -> "Activation":
-        """The same on another device."""
-        scale = None if self.scale is None else self.scale.to(device, non_blocking=True)
-        return Activation(self.values.to(device, non_blocking=True), scale)
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Activation":
+        """The same with every tensor changed, such as moved to another device."""
+        return Activation(change(self.values), None if self.scale is None else change(self.scale))
 
 
 def join(parts: Sequence[Activation]) -> Activation:

@@ -1,92 +1,121 @@
-"""The losses on cached targets, without ever holding [positions × vocabulary] logits.
+"""The losses of a step: the head without logits, the layer loss, and agreement with the teacher.
 
-Shapes: P positions, D hidden size, V vocabulary, E drawn (position, id) pairs, L length.
+Shapes: P positions, D hidden size, V vocabulary, B batch, L length.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from pipeline.targets import SparseTargets, Targets, TopTargets
+from pipeline.divergences import Term, target_term
+from pipeline.targets import HiddenTargets, SparseTargets, Targets
+from schemas.sections import Divergence
 
-# Rows of logits held at once: 512 × 51,200 in float32 is 0.1 GB.
-HEAD_CHUNK = 512
-# Probabilities below this are rounding in float32.
-TINY = 1e-7
+# Float32 bytes of one chunk's logits. A term holds at most five such arrays at once (both models' logits,
+# probabilities, a product, the gradient): 8 % of 8,192 positions of 51,200 logits.
+CHUNK_BYTES = 28 * 2**20
+# Fewer rows would read the head's weights more often than they are worth.
+MIN_ROWS = 32
 
 
-def _chunked(hidden_PD: Tensor, chunk: int, term: Callable[[Tensor, int, int], Tensor]) -> Tensor:
-    """Sum of ``term(hidden[start:stop], start, stop)``; each chunk's logits are made again in the backward pass."""
-    total = hidden_PD.new_zeros((), dtype=torch.float32)
-    for start in range(0, hidden_PD.shape[0], chunk):
-        stop = min(start + chunk, hidden_PD.shape[0])
-        total = total + checkpoint(term, hidden_PD[start:stop], start, stop, use_reentrant=False)
-    return total
+def _chunks(positions: int, vocabulary: int, rows: int | None) -> Iterator[slice]:
+    rows = rows or max(MIN_ROWS, CHUNK_BYTES // (4 * vocabulary) // MIN_ROWS * MIN_ROWS)
+    for start in range(0, positions, rows):
+        yield slice(start, min(start + rows, positions))
+
+
+def _vocabulary(head: nn.Module, hidden_PD: Tensor) -> int:
+    return int(getattr(head, "out_features", hidden_PD.shape[-1]))
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Makes each chunk's logits once: loss and gradient come from the same pass, and nothing is kept but the latter."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_PD: Tensor, head: nn.Module, terms: Sequence[tuple[float, Term]], rows: int | None
+    ) -> tuple[Tensor, Tensor]:
+        gradient_PD = torch.empty_like(hidden_PD) if ctx.needs_input_grad[0] else None
+        values = torch.zeros(len(terms), dtype=torch.float32, device=hidden_PD.device)
+        for chunk in _chunks(len(hidden_PD), _vocabulary(head, hidden_PD), rows):
+            with torch.set_grad_enabled(gradient_PD is not None):
+                leaf = hidden_PD[chunk].detach().requires_grad_(gradient_PD is not None)
+                part = leaf.view_as(leaf)  # modules' hooks may look for gradients of their inputs, not of leaves
+                logits_CV = head(part).float()
+            total_CV = None
+            for i, (weight, term) in enumerate(terms):
+                own = logits_CV.detach().clone() if i + 1 < len(terms) or logits_CV is part else logits_CV.detach()
+                value, gradient_CV = term(own, chunk)
+                values[i] += value
+                gradient_CV = gradient_CV.mul_(weight)
+                total_CV = gradient_CV if total_CV is None else total_CV.add_(gradient_CV)
+            if gradient_PD is not None:
+                (gradient_PD[chunk],) = torch.autograd.grad(logits_CV, part, total_CV)
+        ctx.gradient_PD = gradient_PD
+        ctx.mark_non_differentiable(values)
+        weights = torch.tensor([w for w, _ in terms], device=values.device)
+        return (weights * values).sum(), values
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, None, None, None]:
+        # in place, and given away: a second copy would be half of what the loss holds
+        gradient_PD, ctx.gradient_PD = ctx.gradient_PD, None
+        assert gradient_PD is not None, "the loss is differentiated once"
+        return gradient_PD.mul_(gradients[0]), None, None, None
+
+
+def head_loss(
+    hidden_PD: Tensor, head: nn.Module, terms: Sequence[tuple[float, Term]], rows: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of terms of the frozen head's logits, and each term's own value [terms], unweighted.
+
+    The gradient reaches ``hidden_PD`` alone. [P, V] logits are never held: at most ``rows`` of them at once.
+    """
+    total, values = _HeadLoss.apply(hidden_PD, head, terms, rows)
+    return total, values
 
 
 def target_kl(
-    hidden_PD: Tensor, head: nn.Module, targets: Targets, temperature: float, chunk: int = HEAD_CHUNK
+    hidden_PD: Tensor,
+    head: nn.Module,
+    targets: Targets,
+    temperature: float,
+    divergence: Divergence = "forward_kl",
+    rows: int | None = None,
 ) -> Tensor:
-    """Sum over positions of KL(teacher ‖ student), in nats, times temperature², as the kind of targets gives it.
+    """Sum over positions of the divergence from cached targets, in nats, times temperature²."""
+    return head_loss(hidden_PD, head, [(1.0, target_term(head, targets, temperature, divergence))], rows)[0]
 
-    Estimated from ``sampled`` draws; a lower bound from ``top_k``; exact from ``final_hidden``, through the head that
-    teacher and student share.
+
+@torch.no_grad()
+def top1_agreement(hidden_PD: Tensor, head: nn.Module, targets: Targets) -> Tensor:
+    """At how many positions the student's most probable token is the teacher's.
+
+    Of ``sampled`` targets the teacher's is the token drawn most often (of equals the first).
     """
-    if isinstance(targets, SparseTargets):
-        return sampled_kl(hidden_PD, head, targets, temperature, chunk)
-    term = _top_kl if isinstance(targets, TopTargets) else _hidden_kl
-
-    def part(hidden: Tensor, start: int, stop: int) -> Tensor:
-        return term(head, hidden, targets, slice(start, stop), temperature)
-
-    return temperature**2 * _chunked(hidden_PD, chunk, part)
-
-
-def _top_kl(head: nn.Module, hidden_PD: Tensor, targets: Any, rows: slice, temperature: float) -> Tensor:
-    """KL over k + 1 outcomes, the kept tokens and all others as one: nothing is renormalised away."""
-    logq_PV = torch.log_softmax(head(hidden_PD).float() / temperature, -1)
-    logp_PK, logq_PK = targets.logprobs[rows], logq_PV.gather(1, targets.ids[rows])
-    rest_p, rest_q = (1 - x.exp().sum(-1) for x in (logp_PK, logq_PK))
-    kept = (logp_PK.exp() * (logp_PK - logq_PK)).sum()
-    # where rounding or certainty leaves nothing over, the rest says nothing
-    rest = rest_p.clamp(min=0) * (rest_p.clamp(min=TINY).log() - rest_q.clamp(min=TINY).log())
-    return kept + rest.sum()
+    found = torch.zeros((), dtype=torch.int64, device=hidden_PD.device)
+    theirs_P = None if isinstance(targets, HiddenTargets) else _top1(targets, len(hidden_PD))
+    for chunk in _chunks(len(hidden_PD), _vocabulary(head, hidden_PD), None):
+        if theirs_P is None:
+            assert isinstance(targets, HiddenTargets)
+            theirs = head(targets.hidden.tokens(chunk).wide(hidden_PD.dtype)).argmax(-1)
+        else:
+            theirs = theirs_P[chunk]
+        found += (head(hidden_PD[chunk]).argmax(-1) == theirs).sum()
+    return found
 
 
-def _hidden_kl(head: nn.Module, hidden_PD: Tensor, targets: Any, rows: slice, temperature: float) -> Tensor:
-    with torch.no_grad():
-        teacher = head(targets.hidden.tokens(rows).wide(hidden_PD.dtype)).float() / temperature
-    return full_kl(teacher, head(hidden_PD).float() / temperature).sum()
-
-
-def sampled_kl(
-    hidden_PD: Tensor, head: nn.Module, targets: SparseTargets, temperature: float, chunk: int = HEAD_CHUNK
-) -> Tensor:
-    """Sum over positions of the estimated KL(teacher ‖ student), in nats, times temperature².
-
-    The cross-entropy to the draws estimates that to the teacher's distribution without bias (arXiv 2503.16870); the
-    teacher's exact entropy, a constant, is taken off so that 0 means equal distributions in expectation.
-    """
-
-    def term(part: Tensor, start: int, stop: int) -> Tensor:
-        low, high = torch.searchsorted(targets.row, torch.tensor([start, stop], device=targets.row.device)).tolist()
-        logq = torch.log_softmax(head(part).float() / temperature, -1)
-        return -(targets.share[low:high] * logq[targets.row[low:high] - start, targets.ids[low:high]]).sum()
-
-    cross_entropy = _chunked(hidden_PD, chunk, term)
-    return temperature**2 * (cross_entropy - targets.entropy.sum())
-
-
-def gold_cross_entropy(hidden_PD: Tensor, head: nn.Module, gold_P: Tensor, chunk: int = HEAD_CHUNK) -> Tensor:
-    """Sum over positions of the cross-entropy to the token that follows, in nats."""
-
-    def term(part: Tensor, start: int, stop: int) -> Tensor:
-        return nn.functional.cross_entropy(head(part).float(), gold_P[start:stop], reduction="sum")
-
-    return _chunked(hidden_PD, chunk, term)
+def _top1(targets: Targets, positions: int) -> Tensor:
+    if not isinstance(targets, SparseTargets):
+        assert not isinstance(targets, HiddenTargets)
+        return targets.ids[:, 0]
+    most_P = torch.zeros(positions, device=targets.share.device)
+    most_P.scatter_reduce_(0, targets.row, targets.share, "amax")
+    best_E = targets.share == most_P[targets.row]
+    ids_P = torch.full((positions,), torch.iinfo(torch.int64).max, device=targets.ids.device)
+    return ids_P.scatter_reduce_(0, targets.row[best_E], targets.ids[best_E], "amin")
 
 
 def layer_loss(

@@ -10,7 +10,7 @@ Shapes: P positions, V vocabulary, N draws, K kept, D hidden size, E distinct (p
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -29,17 +29,19 @@ Row = Mapping[str, Any]
 class SparseTargets:
     """Draws of a batch: ``ids`` [E] int64, ``share`` [E] float32 (count / N), ``row`` [E] int64 in [0, P), ascending.
 
-    ``entropy`` [P] float32 is the teacher's exact entropy at the capture temperature, in nats.
+    ``entropy`` [P] float32 is the teacher's exact entropy at the capture temperature, in nats. ``offsets`` [P + 1] are
+    where each position's pairs begin; always on the CPU, so that to take a part of them waits for no device.
     """
 
     ids: Tensor
     share: Tensor
     row: Tensor
     entropy: Tensor
+    offsets: Tensor
 
-    def to(self, device: torch.device) -> "SparseTargets":
-        """The same on another device."""
-        return SparseTargets(*(t.to(device, non_blocking=True) for t in (self.ids, self.share, self.row, self.entropy)))
+    def map(self, change: Callable[[Tensor], Tensor]) -> "SparseTargets":
+        """The same with every tensor that belongs on the device changed."""
+        return SparseTargets(change(self.ids), change(self.share), change(self.row), change(self.entropy), self.offsets)
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,9 @@ class TopTargets:
     ids: Tensor
     logprobs: Tensor
 
-    def to(self, device: torch.device) -> "TopTargets":
-        """The same on another device."""
-        return TopTargets(self.ids.to(device, non_blocking=True), self.logprobs.to(device, non_blocking=True))
+    def map(self, change: Callable[[Tensor], Tensor]) -> "TopTargets":
+        """The same with every tensor changed."""
+        return TopTargets(change(self.ids), change(self.logprobs))
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,9 @@ class HiddenTargets:
 
     hidden: Activation
 
-    def to(self, device: torch.device) -> "HiddenTargets":
-        """The same on another device."""
-        return HiddenTargets(self.hidden.to(device))
+    def map(self, change: Callable[[Tensor], Tensor]) -> "HiddenTargets":
+        """The same with every tensor changed."""
+        return HiddenTargets(self.hidden.map(change))
 
 
 Targets = SparseTargets | TopTargets | HiddenTargets
@@ -155,6 +157,7 @@ def _decode_draws(config: SampledTargets, rows: Sequence[Row]) -> SparseTargets:
         share=torch.from_numpy(_joined(rows, "counts", "u1").astype(np.float32) / config.draws),
         row=torch.from_numpy(np.repeat(np.arange(len(n_unique)), n_unique)),
         entropy=torch.from_numpy(_joined(rows, "entropy", "<f2").astype(np.float32)),
+        offsets=torch.from_numpy(np.concatenate([[0], np.cumsum(n_unique)])),
     )
 
 

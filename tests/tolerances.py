@@ -6,6 +6,15 @@ import torch
 FLOAT64 = 1e-10
 # float32 logits of a small model: two orders of summation differ by some units in the last place of values up to ten.
 FLOAT32_LOGITS = 2e-5
+# The same for gradients of sums over a vocabulary: closed forms and autograd round in other places, each to 2^-24 of
+# terms of size one.
+FLOAT32_GRADIENT = 1e-5
+# Ten steps from the cache and online, as shares of a loss and of a gradient's norm: the same sums in another order,
+# each off by some 1e-6, and steps of AdamW in which small gradients of either sign weigh as much as large ones.
+PARITY = 1e-4
+# Losses and norms of nine steps by other engines and other numbers of workers, which sum in another order: each step's
+# difference of 1e-7 goes on into the next through AdamW, whose first steps give every gradient the same size.
+ENGINE_CURVE = 1e-4
 # A proportion estimated from n draws strays further than five standard deviations once in two million times.
 SIGMAS = 5.0
 # bfloat16 keeps eight bits: half a unit in the last place is 2^-9 of the value.
@@ -40,3 +49,9 @@ KNOWN_BYTES = 0.08
 KNOWN_PASS = 0.12
 # Norms and biases are counted as products (1 %), and torch counts causal attention whole or not at all (3 %).
 COUNTED_FLOPS = 0.05
+# Losses and parameters after six steps of one engine against another's, relative and absolute: each regroups the sums
+# over micro-batches and workers (2^-24 each), and Adam makes of a gradient's relative error one of a step of 0.02.
+FLOAT32_ENGINES = 5e-6
+# Losses and norms beside a bfloat16 body, where the last bits of float32 decide now and then about one of bfloat16's
+# eight, and stage 3's linear maps add the bias after a rounding of their own: a few times 2^-9, more in a gradient.
+BFLOAT16_ENGINES = 2e-2
