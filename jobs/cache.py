@@ -18,21 +18,30 @@ from cluster.datasets import shard_dataset
 from cluster.placement import check_fits
 from cluster.session import session
 from jobs.progress import Progress
-from jobs.stages import layer_plan, resolved, store_of, tapped_layers, teacher_digests, teacher_path
+from jobs.stages import (
+    layer_plan,
+    refuse_image_positions,
+    resolved,
+    store_of,
+    tapped_layers,
+    teacher_digests,
+    teacher_path,
+)
 from pipeline.capture import Teacher, paired
 from pipeline.data.collate import pixel_values
 from pipeline.data.samples import decode_samples
-from pipeline.folders import text_config
 from pipeline.models import load_processor
 from pipeline.shards import column_bytes, fold_manifest, read_manifest, read_shard, uncommitted, write_shard
 from pipeline.stage import Stage, require
 from pipeline.store import Store
 from pipeline.student import check_plan
+from pipeline.vision import refuse_other_towers
 from schemas.artifacts import ArtifactRef
-from schemas.config import CacheConfig, CachePlacement, Device, RunConfig, StoreConfig
-from schemas.errors import ConfigInvalid
+from schemas.config import CacheConfig, RunConfig, StoreConfig
 from schemas.manifest import Manifest
-from schemas.tables import SAMPLES, targets_table
+from schemas.placement import CachePlacement
+from schemas.sections import Device
+from schemas.tables import SAMPLES, VISION, targets_table
 
 # CPUs of one decoding task; not the teacher's, or Ray would fuse the two operators.
 DECODE_CPUS = 0.25
@@ -60,19 +69,18 @@ def stage(run: RunConfig) -> Stage:
     """The stage of this run. Identity: the targets' settings, the tapped layers, the teacher and the table."""
     config, tapped = run.cache, tapped_layers(run)
     check_plan(teacher_path(run), layer_plan(run))
-    text = text_config(run.teacher.path)
-    rotary = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    if config.taps.targets == "recompute" and "mrope_section" in rotary:
-        raise ConfigInvalid(
-            "cache.taps.targets: `recompute` needs positions that follow from a token's place; this teacher's (3-D) "
-            "come from its images: use `stored`"
-        )
+    if config.vision != "none":
+        refuse_other_towers(teacher_path(run))
+    if config.taps.targets == "recompute":
+        refuse_image_positions(run, "cache.taps.targets: `recompute`", "use `stored`")
     settings = {
         "targets": config.targets.model_dump(),
         "positions": config.positions,
         "taps": {"layers": tapped, **config.taps.model_dump(exclude={"layers"})},
         "dtype": config.dtype,
         "seed": config.seed,
+        # absent where it is off, so that caches from before it are still these settings'
+        **({} if config.vision == "none" else {"vision": config.vision}),
         "teacher": teacher_digests(run.teacher.path),
         "table": str(targets_table(config, tapped)),
     }
@@ -117,7 +125,8 @@ def _cache(store: Store, job: CacheJob, place: CachePlacement) -> dict[str, Any]
     sizes = column_bytes(store, job.targets, manifest)
     responses = require(store, job.samples).result["response_tokens"]
     taps = sum(size for name, size in sizes.items() if name.startswith("tap_"))
-    targets = sum(sizes.values()) - taps
+    vision = sizes.get(VISION, 0)
+    targets = sum(sizes.values()) - taps - vision
     return {
         "samples": manifest.rows,
         "shards": len(manifest.shards),
@@ -126,6 +135,7 @@ def _cache(store: Store, job: CacheJob, place: CachePlacement) -> dict[str, Any]
         "bytes": sum(s.bytes for s in manifest.shards),
         "target_bytes": targets,
         "tap_bytes": taps,
+        **({} if job.config.vision == "none" else {"vision_bytes": vision}),
         "bytes_per_response_token": round(targets / responses, 3),
     }
 

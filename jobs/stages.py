@@ -79,6 +79,17 @@ def tapped_layers(run: RunConfig) -> tuple[int, ...]:
     return tuple(sorted(set(taps.layers)))
 
 
+def refuse_image_positions(run: RunConfig, setting: str, remedy: str) -> None:
+    """Raises ConfigInvalid where a token's position does not follow from its place, which ``setting`` needs."""
+    text = text_config(run.teacher.path)
+    rotary = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if "mrope_section" in rotary:
+        raise ConfigInvalid(
+            f"{setting} needs positions that follow from a token's place; this teacher's (3-D) come from its images: "
+            f"{remedy}"
+        )
+
+
 def file_digest(path: str) -> str:
     """SHA-256 of a data file, 32 hexadecimal digits.
 

@@ -17,7 +17,9 @@ import torch
 
 from pipeline.activations import decode_activation
 from pipeline.taps import place_of
-from schemas.config import ActivationType, CacheConfig, Dtype
+from schemas.config import CacheConfig
+from schemas.sections import ActivationType, Dtype
+from schemas.tables import VISION
 
 # How far a logit may be off, as a share of its size. float32 has 24 bits, and passes in other batches differ by 1e-6;
 # but a GPU may convolve in TensorFloat-32 (2^-11) in the vision tower: twice that. bfloat16 has 8 bits, and the
@@ -77,15 +79,19 @@ def compare(config: CacheConfig, tokens: int, cached: Row, fresh: Row) -> list[D
     else:
         found.append(_activation("hidden", int(fresh["positions"]), targets.dtype, relative, cached, fresh))
     taps = [n for n in fresh if n.startswith("tap_") and not n.endswith("_scale") and fresh[n] is not None]
-    return found + [_activation(name, tokens, config.taps.dtype, relative, cached, fresh) for name in taps]
+    found += [_activation(name, tokens, config.taps.dtype, relative, cached, fresh) for name in taps]
+    if fresh.get("patches"):
+        found.append(_activation(VISION, int(fresh["patches"]), "bfloat16", relative, cached, fresh))
+    return found
 
 
 def _unlike(config: CacheConfig, cached: Row, fresh: Row) -> list[Difference]:
     """Fields that are there in one and not in the other, or hold another number of values."""
-    if cached["positions"] != fresh["positions"]:
-        return [_off("positions", str(fresh["positions"]), str(cached["positions"]))]
+    counts = [n for n in ("positions", "patches") if cached.get(n) != fresh.get(n)]
+    if counts:
+        return [_off(name, str(fresh[name]), str(cached[name])) for name in counts]
     free = ("ids", "counts") if config.targets.kind == "sampled" else ()
-    sizes = {n: (_bytes(fresh[n]), _bytes(cached[n])) for n in fresh if n not in ("positions", *free)}
+    sizes = {n: (_bytes(fresh[n]), _bytes(cached[n])) for n in fresh if n not in ("positions", "patches", *free)}
     found = [_off(name, a, b) for name, (a, b) in sizes.items() if a != b]
     if free and not found:
         unique = int(_values(cached, "n_unique", "u1").sum())

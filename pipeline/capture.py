@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from pipeline.activations import pack
-from pipeline.data.collate import pad_id_of, pad_tokens, target_positions
+from pipeline.data.collate import next_tokens, pad_id_of, pad_tokens, target_positions
 from pipeline.data.encoding import EncodedSample, image_token_of
-from pipeline.models import body, decoder, head, load_model, load_processor, pick_device
+from pipeline.models import body, connector, decoder, head, load_model, load_processor, pick_device
 from pipeline.taps import TapBuffers, is_tapped, recorded
 from pipeline.targets import encode, entropy, extract, logprobs, uniforms
-from schemas.config import CacheConfig, Device
-from schemas.tables import STATISTICS, targets_table
+from pipeline.vision import recorded_features
+from schemas.config import CacheConfig
+from schemas.sections import Device
+from schemas.tables import STATISTICS, VISION, targets_table
 
 # Rows of logits held at once: 1,024 × 51,200 with their sums in float64 is 0.4 GB.
 HEAD_CHUNK = 1024
@@ -61,6 +63,7 @@ class Captured:
     ids: list[str]
     forwards: list[Forward]
     taps: TapBuffers
+    vision: TapBuffers
     done: torch.cuda.Event | None
 
 
@@ -93,27 +96,43 @@ class Teacher:
         tokens = [len(s.sample.input_ids) if self.tapped and t else 0 for s, t in zip(samples, tapped, strict=True)]
         on_gpu = self.device.type == "cuda"
         taps = TapBuffers(tokens, pinned=on_gpu)
-        forwards = [self._forward(places, [samples[i] for i in places], taps) for places in batches]
+        vision = TapBuffers([self._patches(s) for s in samples], pinned=on_gpu)
+        forwards = [self._forward(places, [samples[i] for i in places], taps, vision) for places in batches]
         done = torch.cuda.Event() if on_gpu else None
         if done:
             done.record()
-        return Captured([s.sample.sample_id for s in samples], forwards, taps, done)
+        return Captured([s.sample.sample_id for s in samples], forwards, taps, vision, done)
 
     def columns(self, captured: Captured) -> dict[str, Sequence[object]]:
         """The columns of a shard, once its forwards are done."""
         if captured.done:
             captured.done.synchronize()
-        rows: list[dict[str, object]] = [{"sample_id": name} for name in captured.ids]
+        patches = captured.vision.tokens.tolist()
+        rows: list[dict[str, object]] = [
+            {"sample_id": name, "patches": count} for name, count in zip(captured.ids, patches, strict=True)
+        ]
         for forward in captured.forwards:
             for place, row in zip(forward.places, self._rows(forward), strict=True):
                 rows[place] |= row
-        taps = captured.taps.columns()
-        return {c.name: taps.get(c.name, [row.get(c.name) for row in rows]) for c in self.table.columns}
+        activations = captured.taps.columns() | captured.vision.columns()
+        return {c.name: activations.get(c.name, [row.get(c.name) for row in rows]) for c in self.table.columns}
 
-    def _forward(self, places: list[int], batch: list[PreparedSample], taps: TapBuffers) -> Forward:
+    def _patches(self, prepared: PreparedSample) -> int:
+        """How many features of the sample's image are kept: one stands for each image token."""
+        if self.config.vision == "none" or prepared.pixels is None:
+            return 0
+        return int((prepared.sample.input_ids == self.image_token_id).sum())
+
+    def _forward(self, places: list[int], batch: list[PreparedSample], taps: TapBuffers, vision: TapBuffers) -> Forward:
         samples = [p.sample for p in batch]
-        with recorded(decoder(self.model).layers, self.tapped if taps.tokens[places].any() else ()) as found:
+        seen = [place for place in places if vision.tokens[place]]
+        with (
+            recorded(decoder(self.model).layers, self.tapped if taps.tokens[places].any() else ()) as found,
+            recorded_features(connector(self.model) if seen else None) as features,
+        ):
             hidden_BLD = body(self.model)(**self.inputs(batch), use_cache=False).last_hidden_state
+        for place, value in zip(seen, (image for images in features for image in images), strict=True):
+            vision.keep(VISION, place, pack(value, "bfloat16"))
         for layer, (value_in, value_out) in found.items():
             both = {f"tap_{layer}_input": value_in, f"tap_{layer}_output": value_out}
             if self.config.taps.targets == "recompute":
@@ -143,7 +162,7 @@ class Teacher:
         """Statistics and what is kept of the distribution, P rows each, sample after sample."""
         targets, length = self.config.targets, hidden_BLD.shape[1]
         flat = self._to_device(torch.from_numpy(np.concatenate([i * length + p for i, p in enumerate(positions)])))
-        following = [s.input_ids[p + 1].astype(np.int64) for s, p in zip(samples, positions, strict=True)]
+        following = [next_tokens(s.input_ids)[p] for s, p in zip(samples, positions, strict=True)]
         gold = self._to_device(torch.from_numpy(np.concatenate(following)))
         chance = None
         if targets.kind == "sampled":

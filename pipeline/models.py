@@ -12,11 +12,12 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
+from transformers.activations import NewGELUActivation
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
-from schemas.config import Device
 from schemas.errors import ConfigInvalid
+from schemas.sections import Device
 
 
 def pick_device(device: Device) -> torch.device:
@@ -39,6 +40,7 @@ def load_model(path: str, dtype: torch.dtype, device: torch.device) -> PreTraine
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     loader = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     model = loader.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
+    fuse_activations(model)
     return cast(PreTrainedModel, model.to(device).eval().requires_grad_(False))
 
 
@@ -48,7 +50,20 @@ def build_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     with no_init_weights():
         model = cast(PreTrainedModel, loader.from_config(config, dtype=dtype))
     model.tie_weights()
+    fuse_activations(model)
     return model.eval().requires_grad_(False)
+
+
+def fuse_activations(model: nn.Module) -> None:
+    """Computes ``gelu_new`` (Phi's) by torch's kernel of the same function, in place.
+
+    transformers spells it out in eight operations, which are a fifth of a training step's time and two fifths of its
+    memory at Phi-2's size, and round eight times in bfloat16.
+    """
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def body(model: PreTrainedModel) -> nn.Module:

@@ -14,7 +14,7 @@ from schemas.canonical import digest
 from schemas.config import CacheConfig
 from schemas.errors import ShardCorrupt, StoreUnavailable
 from schemas.manifest import MANIFEST, is_shard
-from schemas.tables import SAMPLES, STATISTICS, Table
+from schemas.tables import SAMPLES, STATISTICS, VISION, Table
 
 # What a shard's rows say that they should not: the shard's index and rows to reasons.
 Check = Callable[[int, list[Row]], Iterator[str]]
@@ -113,6 +113,20 @@ def _row(row: Row, tokens: int, cache: CacheConfig, vocabulary: int) -> Iterator
     for name in (n for n in row if n.startswith("tap_") and not n.endswith("_scale") and row[n] is not None):
         if row[name].size % (tokens * width):
             yield f"{name} has {row[name].size} bytes for {tokens} tokens"
+    if cache.vision != "none":
+        yield from _vision(row)
+
+
+def _vision(row: Row) -> Iterator[str]:
+    value, patches = row[VISION], row["patches"]
+    if value is None or patches <= 0:
+        if value is not None or patches:
+            yield f"{VISION} and its number of patches ({patches}) do not fit"
+    elif value.size == 0 or value.size % (2 * patches):
+        yield f"{VISION} has {value.size} bytes for {patches} patches"
+    # no number or infinite in bfloat16: all bits of the exponent
+    elif (_values(row, VISION, "<u2") & 0x7F80 == 0x7F80).any():
+        yield f"{VISION} has values that are no finite numbers"
 
 
 def _values(row: Row, name: str, dtype: str) -> Any:

@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from pipeline.initialise import initialise
+from pipeline.models import fuse_activations
 from pipeline.ops.opset import TORCH, OpSet
 from pipeline.student import has_bias, mark
 from pipeline.surgery import mixers, replace_layers
@@ -119,6 +120,7 @@ def build(family: str, seed: int = 0) -> PreTrainedModel:
     """A tiny model with weights and biases large enough that whatever is wrong shows in the logits."""
     torch.manual_seed(seed)
     model = FAMILIES[family]()
+    fuse_activations(model)
     randomise(model, seed)
     return model.eval().requires_grad_(False)
 

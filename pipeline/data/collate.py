@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.encoding import decode_image
-from schemas.config import Positions
+from schemas.sections import Positions
 
 
 def pad_tokens(rows: Sequence[np.ndarray], pad_id: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
@@ -42,8 +42,13 @@ def target_positions(kind: Positions, spans: np.ndarray, ids: np.ndarray, image_
     """int64[P]: the positions of a sample that have a target."""
     if kind == "response":
         return predicting_positions(spans)
-    positions = np.arange(len(ids) - 1, dtype=np.int64)
-    return positions if kind == "all" else positions[ids[1:] != image_token_id]
+    positions = np.arange(len(ids), dtype=np.int64)
+    return positions if kind == "all" else positions[:-1][ids[1:] != image_token_id]
+
+
+def next_tokens(ids: np.ndarray) -> np.ndarray:
+    """int64[L]: the token that follows each position; the last one, which none follows, has its own."""
+    return np.append(ids[1:], ids[-1:]).astype(np.int64)
 
 
 def pad_id_of(tokenizer: Any) -> int:

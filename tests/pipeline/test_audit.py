@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from torch import Generator, Tensor, from_numpy, randn, zeros
 
+from pipeline.activations import encode_activation, pack
 from pipeline.audit import Difference, chosen_rows, compare
 from pipeline.targets import encode, encode_draws, extract, logprobs, uniforms
 from schemas.config import CacheConfig
@@ -113,12 +114,24 @@ def test_what_is_no_number_is_beyond() -> None:
         ("ids", b"12", "2 bytes"),
         ("ids_dtype", "uint32", "uint32"),
         ("tap_0_input", None, "empty"),
+        ("patches", 3, "3"),
+        ("vision", None, "empty"),
     ],
 )
 def test_fields_of_another_shape_are_named(field: str, value: Any, says: str) -> None:
-    fresh = row(logits()) | {"sample_id": "sample", "tap_0_input": b"00"}
+    fresh = row(logits()) | {"sample_id": "sample", "tap_0_input": b"00", "patches": 1, "vision": b"00"}
     found = beyond(SAMPLED, {**fresh, field: value}, fresh)
     assert found[field].got == says
+
+
+def test_features_of_another_image_are_beyond_and_rounded_ones_within() -> None:
+    first, second = (randn(4, 32, generator=Generator().manual_seed(seed)) for seed in (0, 1))
+
+    def with_features(value: Tensor) -> dict[str, Any]:
+        return row(logits()) | {"patches": 4, **encode_activation("vision", pack(value, "bfloat16"))}
+
+    assert beyond(SAMPLED, with_features(first * (1 + 1e-5)), with_features(first)) == {}
+    assert list(beyond(SAMPLED, with_features(second), with_features(first))) == ["vision"]
 
 
 def test_rows_are_chosen_by_their_sample_alone() -> None:

@@ -28,9 +28,10 @@ QUIET = Console(file=io.StringIO())
 
 @pytest.fixture(scope="module")
 def run(tiny_teacher: Path, scenes_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A finished cache with float8 taps, in a store that each test leaves as it was."""
+    """A finished cache with float8 taps and vision features, in a store that each test leaves as it was."""
     settings = tiny_settings(tiny_teacher, scenes_folder, tmp_path_factory.mktemp("verify") / "store")
-    settings["cache"] = {"taps": {"layers": "replaced", "fraction": 0.5, "dtype": "fp8_e4m3"}}
+    taps = {"layers": "replaced", "fraction": 0.5, "dtype": "fp8_e4m3"}
+    settings["cache"] = {"taps": taps, "vision": "bfloat16"}
     found = RunConfig.model_validate(settings)
     make_cache(found)
     return found
@@ -104,6 +105,9 @@ def test_missing_and_strange_objects_are_found(run: RunConfig) -> None:
         ("counts", b"\x01", "counts and n_unique do not fit|counts do not sum to 50"),
         ("ids", np.array([60000], "<u2").tobytes(), "ids are beyond the vocabulary"),
         ("tap_0_input", b"123", "tap_0_input has 3 bytes"),
+        ("vision", b"123", "vision has 3 bytes for 64 patches"),
+        ("vision", b"\xff" * 4096, "vision has values that are no finite numbers"),
+        ("patches", 0, "vision and its number of patches (0) do not fit"),
     ],
 )
 def test_wrong_values_under_right_digests_are_found(
