@@ -9,7 +9,7 @@ H heads, P head dimension, N state dimension (= P), C convolution channels (2X +
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,17 @@ class _Norm(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
+
+
+class ScanInputs(NamedTuple):
+    """What a scan takes: ``x``, ``b``, ``c`` [B, L, H, P], steps ``dt`` [B, L, H], decays ``a`` and skips ``d`` [H]."""
+
+    x: Tensor
+    dt: Tensor
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    d: Tensor
 
 
 class Mamba2Mixer(nn.Module):
@@ -89,6 +100,10 @@ class Mamba2Mixer(nn.Module):
         """The gated, normed scan output [B, L, I] before ``out_proj``."""
         return self._scan(u_BLD, None, None, None)[0]
 
+    def scan_inputs(self, u_BLD: Tensor) -> ScanInputs:
+        """What the scan takes of whole rows [B, L, D]: after projection, convolution, activation and norms."""
+        return self._before_scan(u_BLD, None, None, None)[0]
+
     def _mix(
         self,
         u_BLD: Tensor,
@@ -131,21 +146,27 @@ class Mamba2Mixer(nn.Module):
         self, u_BLD: Tensor, keep: Tensor | None, state: MixerState | None, seq_idx: Tensor | None
     ) -> tuple[Tensor, MixerState]:
         """The gated, normed scan output [B, L, I], and the state after it."""
+        (x, dt, a, b, c, d), z, window = self._before_scan(u_BLD, keep, state, seq_idx)
+        if state is not None and u_BLD.shape[1] == 1:
+            y, recurrent = self.ops.step(state.recurrent, x[:, 0], dt[:, 0], a, b[:, 0], c[:, 0], d)
+            y = y[:, None]
+        else:
+            before = None if state is None else state.recurrent
+            y, recurrent = self.ops.scan(x, dt, a, b, c, d, before, seq_idx)
+        normed = reference.gated_rms_norm(y.flatten(-2), z, self.norm.weight, self.dims.heads, self.dims.eps)
+        return normed, MixerState(window, recurrent)
+
+    def _before_scan(
+        self, u_BLD: Tensor, keep: Tensor | None, state: MixerState | None, seq_idx: Tensor | None
+    ) -> tuple[ScanInputs, Tensor, Tensor]:
+        """What the scan takes, the gate [B, L, I], and the convolution's window after the last token."""
         z, conv_in, dt = self._project(u_BLD)
         if keep is not None:  # nothing enters the window, and a step of 0 neither feeds nor decays the state
             conv_in, dt = conv_in * keep, dt * keep
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         mixed, window = self.ops.conv(conv_in, weight, bias, None if state is None else state.conv, seq_idx)
         x, b, c = self._heads(mixed)
-        a = -self.A_log.exp()
-        if state is not None and u_BLD.shape[1] == 1:
-            y, recurrent = self.ops.step(state.recurrent, x[:, 0], dt[:, 0], a, b[:, 0], c[:, 0], self.D)
-            y = y[:, None]
-        else:
-            before = None if state is None else state.recurrent
-            y, recurrent = self.ops.scan(x, dt, a, b, c, self.D, before, seq_idx)
-        normed = reference.gated_rms_norm(y.flatten(-2), z, self.norm.weight, self.dims.heads, self.dims.eps)
-        return normed, MixerState(window, recurrent)
+        return ScanInputs(x, dt, -self.A_log.exp(), b, c, self.D), z, window
 
     def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gate [..., I], convolution input [..., C] and positive step size [..., H] of inputs [..., D]."""
