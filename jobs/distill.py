@@ -1,222 +1,202 @@
 """Stage ``distill``: Ray Train workers train the student from the cache alone; no teacher forward runs.
 
-The train loop is importable and knows its data by arithmetic; Ray gives the worker group, its restarts and the process
-group. Checkpoints go to the artifact's folder, so that any rerun continues from them.
+The train loop is importable (``jobs.train``) and knows its data by arithmetic; Ray gives the worker group and the
+process group. Checkpoints go to the artifact's folder, so that any rerun continues from them.
 """
 
 import json
 import tempfile
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
-
 from cluster.placement import check_fits
-from cluster.session import session
+from cluster.session import find_users_error, session
+from jobs import cache
 from jobs.progress import Progress
-from jobs.stages import layer_plan, resolved, store_of, tapped_layers, teacher_digests, teacher_path
-from pipeline.models import decoder, load_processor, pick_device
-from pipeline.ops.backends import resolve
-from pipeline.stage import Stage
+from jobs.stages import layer_plan, refuse_image_positions, resolved, tapped_layers, teacher_digests, teacher_path
+from jobs.trackers import check_trackers, open_trackers
+from jobs.train import TrainJob, needs_taps, train_job, train_worker
+from pipeline.divergences import refuse_undetermined
+from pipeline.stage import Stage, identify, require
 from pipeline.store import Store
-from pipeline.student import build_student, check_plan, record_of, trained_bytes
-from pipeline.training.batches import CachedBatches
-from pipeline.training.loop import Report, Saving, Training, Worker
-from pipeline.training.recompute import TeacherLayers
-from schemas.config import RunConfig, StoreConfig
-from schemas.errors import ConfigInvalid
-from schemas.layers import LayerPlan
+from pipeline.student import check_plan
+from pipeline.training.checkpoint import FOLDER
+from pipeline.training.loop import LOG
+from schemas.canonical import differences
+from schemas.config import RunConfig
+from schemas.errors import ArtifactDrift, ConfigInvalid
 
-# The trained parameters, and the same before the first step.
-WEIGHTS, INITIAL, CURVE = "student.safetensors", "initial.safetensors", "curve.json"
-# A worker that dies is started again this often before the stage gives up.
-MAX_FAILURES = 3
-
-
-@dataclass(frozen=True)
-class DistillJob:
-    """What the workers of one distill stage need; plain values, so that it travels."""
-
-    run: RunConfig
-    store: StoreConfig
-    teacher: str
-    plan: LayerPlan
-    tapped: tuple[int, ...]
-    digests: dict[str, str]
-    fingerprint: str
+# Local files of trackers, beside the artifact's own; in the working folder where the store is not local.
+TRACKED = "tracking"
 
 
 def stage(run: RunConfig) -> Stage:
     """The stage of this run. Identity: recipe, layers, initialisation, and what the inputs were made from.
 
     Raises:
-        ConfigInvalid: the recipe needs taps of layers that the cache does not hold.
+        ConfigInvalid: the recipe needs what the cache does not hold, or the workers cannot share a step.
     """
-    config, plan, tapped = run.distill, layer_plan(run), tapped_layers(run)
+    config, plan = run.distill, layer_plan(run)
     check_plan(teacher_path(run), plan)
-    lacking = sorted(set(plan.replaced) - set(tapped))
+    _check_recipe(run)
+    _check_placement(run)
+    check_trackers(run.placement.distill.trackers)
+    settings = {
+        **config.model_dump(mode="json", exclude={"artifact", "checkpoint_every", "keep"}),
+        "student": {
+            "layers": plan.total,
+            "replaced": plan.replaced,
+            **run.student.model_dump(mode="json", exclude={"layers"}),
+        },
+        "teacher": teacher_digests(run.teacher.path),
+    }
+    earlier = run.earlier()
+    inputs = (run.ref("prepare"), run.ref("cache"), *((earlier,) if earlier else ()))
+
+    def work(store: Store, fingerprint: str) -> dict[str, Any]:
+        check_cache(store, run)
+        return _distill(store, train_job(run, fingerprint))
+
+    return Stage(run.ref("distill"), inputs, settings, work, resolved(run))
+
+
+def _check_recipe(run: RunConfig) -> None:
+    config = run.distill
+    refuse_undetermined(run.cache.targets.kind, config.divergence)
+    lacking = sorted(set(layer_plan(run).replaced) - set(tapped_layers(run)))
     if needs_taps(run) and lacking:
         raise ConfigInvalid(
             f"cache.taps: the recipe has a layer loss, but the cache holds no taps of layers {lacking}; "
             "set cache.taps.fraction above 0 and cache.taps.layers to `replaced`, or the layer weights to 0"
         )
-    for number, phase in enumerate(config.phases):
-        if phase.batch < run.placement.distill.workers:
+    if any(p.kind == "match" for p in config.phases):
+        refuse_image_positions(run, "distill.phases: a `match` phase", "begin with `align`")
+
+
+def _check_placement(run: RunConfig) -> None:
+    place = run.placement.distill
+    for number, phase in enumerate(run.distill.phases):
+        where = f"distill.phases.{number}.batch: {phase.batch}"
+        if phase.batch < place.workers:
             raise ConfigInvalid(
-                f"distill.phases.{number}.batch: {phase.batch} is less than placement.distill.workers "
-                f"({run.placement.distill.workers}); every worker needs a row"
+                f"{where} is less than placement.distill.workers ({place.workers}); every worker needs a row"
             )
-    settings = {
-        **config.model_dump(mode="json", exclude={"artifact", "checkpoint_every"}),
-        "student": {
-            "layers": plan.total,
-            "replaced": plan.replaced,
-            "init": run.student.init,
-            "train": run.student.train,
-        },
-        "teacher": teacher_digests(run.teacher.path),
-    }
-
-    def work(store: Store, fingerprint: str) -> dict[str, Any]:
-        return _distill(store, distill_job(run, fingerprint))
-
-    return Stage(run.ref("distill"), (run.ref("prepare"), run.ref("cache")), settings, work, resolved(run))
+        uneven = [w for w in range(place.min_workers or place.workers, place.workers + 1) if phase.batch % w]
+        if place.strategy != "ddp" and uneven:
+            raise ConfigInvalid(
+                f"{where} does not divide evenly over {uneven[0]} workers, which strategy `{place.strategy}` needs; "
+                "use another batch or number of workers, or strategy `ddp`"
+            )
 
 
-def needs_taps(run: RunConfig) -> bool:
-    """Whether any phase has a layer loss."""
-    return any(p.kind == "align" or p.weights.layer > 0 for p in run.distill.phases)
+def check_cache(store: Store, run: RunConfig) -> None:
+    """Checks that the cache is this run's: of its teacher and settings, from the samples that lie beside it.
+
+    Raises:
+        ArtifactDrift: it is not; names the files and settings that differ.
+    """
+    ref = run.ref("cache")
+    made = require(store, ref).identity
+    found = differences(made, identify(store, cache.stage(run))[0])
+    if found:
+        where, lines = store.path(str(ref)), "\n  ".join(found)
+        raise ArtifactDrift(
+            f"{where}: was made from another teacher, template or data, or with other settings, than this run's:\n  "
+            f"{lines}\ncache under another name (cache.artifact), or put the run file right; a student of other layers "
+            "than the cache was made for names the tapped ones in cache.taps.layers"
+        )
 
 
-def distill_job(run: RunConfig, fingerprint: str) -> DistillJob:
-    """What the workers of this run's training need."""
-    digests = teacher_digests(run.teacher.path)
-    return DistillJob(run, store_of(run), teacher_path(run), layer_plan(run), tapped_layers(run), digests, fingerprint)
-
-
-def _distill(store: Store, job: DistillJob) -> dict[str, Any]:
-    ref = job.run.ref("distill")
+def _distill(store: Store, job: TrainJob) -> dict[str, Any]:
+    ref, place = job.run.ref("distill"), job.run.placement.distill
     with session():
-        check_fits("distill", job.run.placement.distill)
-        _fit(job)
-    curve = json.loads(store.read(f"{ref}/{CURVE}"))
+        check_fits("distill", place.model_copy(update={"workers": place.min_workers or place.workers}))
+        retries = _fit(store, job)
+    entries = [json.loads(line) for line in store.read(f"{ref}/{LOG}").splitlines()]
     return {
         "replaced": list(job.plan.replaced),
-        "steps": sum(p.steps for p in job.run.distill.phases),
-        "workers": job.run.placement.distill.workers,
-        "backend": curve["backend"],
-        "last": curve["history"][-1],
+        "steps": entries[-1]["total"],
+        "workers": place.workers,
+        "strategy": place.strategy,
+        "restarts": retries,
+        "backend": job.backend(store),
+        "last": entries[-1],
     }
 
 
-def _fit(job: DistillJob) -> None:
+def _fit(store: Store, job: TrainJob) -> int:
+    """Trains to the end, with as many worker groups as it takes; returns how many had to be replaced.
+
+    An error that the user can put right ends it at once: another group would meet it again.
+    """
+    from ray.util.queue import Queue
+
+    folder = f"{job.run.ref('distill')}/{FOLDER}"
+    mailbox = Queue(actor_options={"num_cpus": 0})
+    viewer = threading.Thread(target=_show, args=(mailbox, store, job), daemon=True)
+    viewer.start()
+    restarts = failures = 0
+    scratch = tempfile.TemporaryDirectory(prefix="decant-")
+    try:
+        while True:
+            before = store.names(folder)
+            try:
+                _trainer(job, mailbox, f"{scratch.name}/{restarts}").fit()
+            except Exception as error:
+                failures = 1 if store.names(folder) != before else failures + 1
+                if find_users_error(error) is not None or failures > job.run.placement.distill.retries:
+                    raise
+                restarts += 1
+                mailbox.put(f"a worker was lost ({_reason(error)}); going on from the last checkpoint")
+            else:
+                return restarts
+    finally:
+        mailbox.put(None)
+        viewer.join(timeout=10)
+        mailbox.shutdown(force=True)
+        scratch.cleanup()
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
+
+
+def _trainer(job: TrainJob, mailbox: Any, scratch: str) -> Any:
+    """``scratch`` is Ray's run folder: it holds nothing of ours, position and weights are in the artifact."""
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as TrainRun
     from ray.train.torch import TorchTrainer
-    from ray.util.queue import Queue
 
     place = job.run.placement.distill
-    mailbox = Queue(actor_options={"num_cpus": 0})
-    with tempfile.TemporaryDirectory(prefix="decant-") as scratch:
-        trainer = TorchTrainer(
-            train_worker,
-            train_loop_config={"job": job, "mailbox": mailbox},
-            scaling_config=ScalingConfig(
-                num_workers=place.workers,
-                use_gpu=place.gpus_per_worker > 0,
-                accelerator_type=place.accelerator_type,
-                resources_per_worker={
-                    "CPU": place.cpus_per_worker,
-                    **({"GPU": place.gpus_per_worker} if place.gpus_per_worker else {}),
-                },
-            ),
-            # Ray's own run folder holds nothing of ours: position and weights are in the artifact
-            run_config=TrainRun(
-                name="distill", storage_path=scratch, failure_config=FailureConfig(max_failures=MAX_FAILURES)
-            ),
-        )
-        viewer = threading.Thread(target=_show, args=(mailbox, job), daemon=True)
-        viewer.start()
-        try:
-            trainer.fit()
-        finally:
-            mailbox.put(None)
-            viewer.join(timeout=10)
-            mailbox.shutdown(force=True)
+    gpus = {"GPU": place.gpus_per_worker} if place.gpus_per_worker else {}
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job, "mailbox": mailbox},
+        scaling_config=ScalingConfig(
+            num_workers=place.workers if place.min_workers is None else (place.min_workers, place.workers),
+            use_gpu=place.gpus_per_worker > 0,
+            accelerator_type=place.accelerator_type,
+            resources_per_worker={"CPU": place.cpus_per_worker, **gpus},
+        ),
+        # a failed group is replaced by ``_fit``, which knows what a user can put right
+        run_config=TrainRun(name="distill", storage_path=scratch, failure_config=FailureConfig(max_failures=0)),
+    )
 
 
-def _show(mailbox: Any, job: DistillJob) -> None:
-    """Shows what rank 0 says and reports until the closing None."""
-    phases = job.run.distill.phases
-    before = [sum(p.steps for p in phases[:i]) for i in range(len(phases))]
-    with Progress("distill", sum(p.steps for p in phases), "steps") as progress:
+def _show(mailbox: Any, store: Store, job: TrainJob) -> None:
+    """Shows what rank 0 says and reports, and tells the trackers, until the closing None."""
+    folder = Path(store.path(f"{job.run.ref('distill')}/{TRACKED}") if store.local else f"{TRACKED}-{job.run.name}")
+    with (
+        Progress("distill", None, "steps") as progress,
+        open_trackers(job.run.placement.distill.trackers, job.run, folder, progress.say) as tracked,
+    ):
         while (entry := mailbox.get()) is not None:
             if isinstance(entry, str):
                 progress.say(entry)
                 continue
-            shown = ("kl", "ce") if entry["kind"] == "distill" else ("loss",)
+            shown = ("kl", "ce", "held_out_kl") if entry["kind"] == "distill" else ("loss",)
             note = " ".join(f"{k} {entry[k]:.4f}" for k in shown if k in entry)
-            progress.update(before[entry["phase"]] + entry["step"], f"{entry['kind']} {note}")
-
-
-def train_worker(config: dict[str, Any]) -> None:
-    """The train loop of one Ray Train worker."""
-    import ray.train
-
-    job: DistillJob = config["job"]
-    mailbox = config["mailbox"]
-    context = ray.train.get_context()
-    torch.set_num_threads(max(1, round(job.run.placement.distill.cpus_per_worker)))
-    device = pick_device(job.run.placement.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", context.get_local_rank() % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    worker = Worker(context.get_world_rank(), context.get_world_size(), device)
-
-    def report(entry: dict[str, Any] | str) -> None:
-        # not `ray.train.report`: it waits for the controller's next poll, seconds that a logged step does not have
-        if worker.rank == 0:
-            mailbox.put_nowait(entry)
-
-    train_student(job, worker, report, report)
-
-
-def train_student(job: DistillJob, worker: Worker, report: Report, say: Callable[[str], None] = print) -> None:
-    """Builds the student and trains it to the end; rank 0 leaves weights and curve in the artifact's folder."""
-    run = job.run
-    store, ref = Store(job.store), run.ref("distill")
-    dtype = getattr(torch, run.distill.dtype)
-    ops = resolve(run.placement.backend, worker.device)
-    replaced: dict[int, torch.nn.Module] = {}
-    say(f"the mixers are computed by {ops.backend} ({ops.why})")
-    model = build_student(
-        job.teacher, job.plan, run.student.init, run.distill.seed, dtype, worker.device, ops, job.digests, replaced
-    )
-    batches = CachedBatches(
-        store,
-        run.ref("prepare"),
-        run.ref("cache"),
-        run.cache,
-        job.tapped,
-        job.plan.replaced if needs_taps(run) else (),
-        load_processor(job.teacher),
-    )
-    training = Training(
-        model,
-        batches,
-        run.distill,
-        run.cache.targets.temperature,
-        run.student,
-        worker,
-        Saving(store, ref, job.fingerprint),
-        TeacherLayers(replaced, decoder(model)) if run.cache.taps.targets == "recompute" else None,
-    )
-    state = training.run(report)
-    if worker.rank == 0:
-        record, parts = record_of(model), run.student.train
-        store.write(f"{ref}/{INITIAL}", trained_bytes(training.initial, record, parts))
-        store.write(f"{ref}/{WEIGHTS}", trained_bytes(training.trained(), record, parts))
-        curve = {"backend": ops.backend, "history": state.history}
-        store.write(f"{ref}/{CURVE}", (json.dumps(curve, indent=0) + "\n").encode())
+            progress.update(entry["done"], f"{entry['kind']} {note}", entry["total"])
+            tracked.log(entry, entry["done"])

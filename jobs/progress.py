@@ -45,14 +45,15 @@ class Progress:
         """Prints a line beside the bar."""
         (self.bar.console.print if self.bar else partial(print, file=sys.stderr, flush=True))(f"{self.title}: {text}")
 
-    def update(self, done: int, note: str = "") -> None:
-        """Shows ``done`` units of work, with a note such as the loss."""
+    def update(self, done: int, note: str = "", total: int | None = None) -> None:
+        """Shows ``done`` units of work, with a note such as the loss; ``total`` where it was not known before."""
+        self.total = self.total if total is None else total
         now = time.monotonic()
         if self.first is None:
             self.first = done  # a resumed stage begins in the middle; its rate must not count what was there
         rate = (done - self.first) / (now - self.started) if done > self.first else 0.0
         if self.bar:
-            self.bar.update(self.task, completed=done, rate=f"{rate:.1f} {self.unit}/s {note}")
+            self.bar.update(self.task, completed=done, total=self.total, rate=f"{rate:.1f} {self.unit}/s {note}")
             return
         ended = done == self.total and done != self.shown
         if now - self.last >= INTERVAL or ended:

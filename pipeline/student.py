@@ -20,10 +20,10 @@ from pipeline.models import build_model, decoder, head, load_model
 from pipeline.ops.backends import resolve
 from pipeline.ops.opset import OpSet
 from pipeline.surgery import mixers, refuse_unfit, replace_layers, trainable_names
-from schemas.config import Backend, Init, Part
 from schemas.errors import ConfigInvalid
 from schemas.hybrid import HybridRecord
 from schemas.layers import LayerPlan
+from schemas.sections import Backend, Init, Part
 
 # No transformers class has this name: stock loading must fail, not leave the mixers out and go on.
 MODEL_TYPE = "decant_hybrid"
@@ -148,11 +148,12 @@ def _parse(value: Any, where: str) -> HybridRecord:
 
 def _same_mixers(model: PreTrainedModel, record: HybridRecord, where: str) -> None:
     """The model's own layers give the mixers' sizes; they must be those of the record."""
-    for index, mixer in mixers(model).items():
-        if mixer.dims != record.mixers[index]:
+    found = mixers(model)
+    for index, dims in record.mixers.items():
+        if found[index].dims != dims:
             raise ConfigInvalid(
-                f"{where}: the mixer of layer {index} is recorded as {record.mixers[index]}; "
-                f"the model's layer makes it {mixer.dims}"
+                f"{where}: the mixer of layer {index} is recorded as {dims}; "
+                f"the model's layer makes it {found[index].dims}"
             )
 
 
@@ -249,6 +250,27 @@ def apply_trained(model: PreTrainedModel, data: bytes, where: str) -> None:
     places = {n: model.get_parameter(n) for n in trainable_names(model, record.trained)}
     _fill(places, load(data), where, "the trained tensors are not this student's")
     mark(model, record.backend, own.teacher, head_bias=own.head_bias)
+
+
+@torch.no_grad()
+def apply_start(model: PreTrainedModel, data: bytes, where: str) -> frozenset[int]:
+    """Puts an earlier student's trained tensors over those of a new one, which may replace further layers.
+
+    Returns the layers whose mixers come from it.
+
+    Raises:
+        ConfigInvalid: it is of another teacher, or replaces layers or trains parts that this student does not.
+    """
+    record, own = _trained_record(data, where), record_of(model)
+    _same_teacher(record, own.teacher, where)
+    lacking = sorted(set(record.replaced) - set(own.replaced))
+    if lacking:
+        raise ConfigInvalid(f"{where}: replaces layers {lacking}, which this student keeps (student.layers)")
+    _same_mixers(model, record, where)
+    tensors = load(data)
+    places = {n: p for n, p in model.named_parameters() if n in tensors}
+    _fill(places, tensors, where, "the trained tensors are not this student's")
+    return frozenset(record.replaced)
 
 
 def _trained_record(data: bytes, where: str) -> HybridRecord:

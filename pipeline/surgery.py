@@ -15,10 +15,10 @@ from transformers.masking_utils import find_packed_sequence_indices
 from pipeline.mixer import Mamba2Mixer
 from pipeline.models import connector, decoder
 from pipeline.ops.opset import OpSet
-from schemas.config import Part
 from schemas.errors import ConfigInvalid
 from schemas.hybrid import MixerDims
 from schemas.layers import LayerPlan
+from schemas.sections import Part
 
 DEFAULT_PARTS: tuple[Part, ...] = ("mixers", "connector")
 
@@ -214,8 +214,20 @@ def trainable_names(model: PreTrainedModel, parts: Iterable[Part] = DEFAULT_PART
 
     ``mixers`` and ``connector``, and of the replaced layers the ``norms`` and the ``mlp``.
     """
-    chosen = {id(p) for part in parts for module in _modules(model, part) for p in module.parameters()}
+    chosen = {id(p) for module in trained_modules(model, parts) for p in module.parameters()}
     return tuple(name for name, p in model.named_parameters() if id(p) in chosen)
+
+
+def widen_trained(model: PreTrainedModel, parts: Iterable[Part] = DEFAULT_PARTS) -> None:
+    """Puts the parameters that distillation may change into float32: small steps do not survive eight bits."""
+    for name in trainable_names(model, parts):
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data.float()
+
+
+def trained_modules(model: PreTrainedModel, parts: Iterable[Part]) -> list[nn.Module]:
+    """The modules whose parameters distillation may change."""
+    return [module for part in parts for module in _modules(model, part)]
 
 
 def _modules(model: PreTrainedModel, part: Part) -> list[nn.Module]:

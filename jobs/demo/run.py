@@ -67,13 +67,13 @@ def _draw(run: RunConfig, train_scenes: int, test_scenes: int) -> None:
 
 def write_report(run: RunConfig) -> tuple[dict[str, Any], str]:
     """Writes ``report.json`` and ``report.html`` into the store; returns the figures and the page's path."""
-    from jobs.distill import CURVE
     from pipeline.report.build import ReportSource, collect, page
+    from pipeline.training.loop import LOG
 
     store = open_store(run)
     vocabulary = text_config(run.teacher.path)["vocab_size"]
     refs = {name: run.ref(name) for name in NAMES}
-    report = collect(store, ReportSource(refs, f"{run.ref('distill')}/{CURVE}", vocabulary))
+    report = collect(store, ReportSource(refs, f"{run.ref('distill')}/{LOG}", vocabulary))
     store.write("report.json", (json.dumps(report, indent=1) + "\n").encode())
     store.write("report.html", page(report).encode())
     return report, store.path("report.html")

@@ -48,7 +48,7 @@ def collect(store: Store, source: ReportSource) -> dict[str, Any]:
             "vocabulary": source.vocabulary,
         },
         "stages": {name: _stage(record) for name, record in records.items()},
-        "curve": json.loads(store.read(source.curve))["history"],
+        "curve": [json.loads(line) for line in store.read(source.curve).splitlines()],
         "versions": records["distill"].provenance["versions"],
     }
 

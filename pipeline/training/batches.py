@@ -1,124 +1,49 @@
-"""Batches from the cache: the rows of a step read from shards, decoded and collated, ahead of need in one thread.
+"""Batches from the cache: the rows of a micro-batch read from shards, decoded and collated ahead of need.
 
-``CacheIndex`` knows what every row is (its tokens, whether it is tapped) from two small columns; ``CachedBatches``
-reads shards through a bounded cache.
+Threads read, decode and copy to the device; what they hold is bounded by the micro-batches and shards ahead.
 """
 
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
 from pipeline.activations import Activation, decode_activation, pad
-from pipeline.data.collate import pad_id_of, pad_tokens, pixel_values, target_positions
+from pipeline.data.collate import (
+    next_tokens,
+    pad_id_of,
+    pad_tokens,
+    pixel_values,
+    predicting_positions,
+    target_positions,
+)
 from pipeline.data.encoding import image_token_of
-from pipeline.shards import Row, read_manifest, read_shard, rows_of
 from pipeline.store import Store
-from pipeline.taps import is_tapped
-from pipeline.targets import Targets, decode
-from pipeline.training.order import WINDOW, batch_items, rank_slice
+from pipeline.targets import decode
+from pipeline.training.batch import Batch, Copier, Sent, TapBatch, Totals
+from pipeline.training.index import CacheIndex, Use
+from pipeline.training.order import micro_batches
+from pipeline.training.window import Part, ShardWindow
+from pipeline.vision import vision_inputs
 from schemas.artifacts import ArtifactRef
-from schemas.config import AlignPhase, CacheConfig, DistillPhase
-from schemas.errors import ConfigInvalid, ShardCorrupt
-from schemas.tables import SAMPLES, Table, tap_columns, targets_table
+from schemas.config import CacheConfig
+from schemas.errors import ShardCorrupt
+from schemas.recipe import AnyPhase
+from schemas.tables import targets_table
 
-# Batches decoded ahead of the step that needs them.
-AHEAD = 2
-# Columns of the targets that no loss reads.
-UNREAD = ("lse", "gold_logprob")
-# Decoded shards kept in memory; a small cache is then read once, a large one window by window.
-MEMORY_BYTES = 2 * 2**30
-
-
-@dataclass(frozen=True)
-class TapBatch:
-    """Inputs and outputs (None: to be recomputed) by layer, each [B, L, D], and the mask [B, L] of real tokens."""
-
-    layers: dict[int, tuple[Activation, Activation | None]]
-    mask: Tensor
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One worker's part of a step.
-
-    ``inputs`` are the model's keywords (empty in ``align``); ``positions`` [P, 2] are (row, position) pairs with their
-    ``gold`` tokens [P] and ``targets``. The ``global_…`` counts are over all workers: predicting positions, and samples
-    and tokens of those that have taps.
-    """
-
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    positions: Tensor | None = None
-    gold: Tensor | None = None
-    targets: Targets | None = None
-    taps: TapBatch | None = None
-    global_positions: int = 0
-    global_tapped: int = 0
-    global_tap_tokens: int = 0
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same on another device."""
-
-        def move(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.to(device, non_blocking=True)
-
-        taps = self.taps and TapBatch(
-            {k: (u.to(device), a and a.to(device)) for k, (u, a) in self.taps.layers.items()},
-            self.taps.mask.to(device),
-        )
-        return replace(
-            self,
-            inputs={k: v.to(device, non_blocking=True) for k, v in self.inputs.items()},
-            positions=move(self.positions),
-            gold=move(self.gold),
-            targets=self.targets and self.targets.to(device),
-            taps=taps,
-        )
-
-
-class CacheIndex:
-    """What every cached row is, by shard: token counts, positions with a target, tapped or not."""
-
-    def __init__(
-        self, store: Store, samples: ArtifactRef, targets: ArtifactRef, cache: CacheConfig, table: Table
-    ) -> None:
-        self.samples, self.targets = read_manifest(store, samples), read_manifest(store, targets)
-        if self.samples.shard_rows != self.targets.shard_rows:
-            raise ShardCorrupt(f"{targets}: its shards do not have the rows of {samples}'s")
-        self.tokens, self.positions, self.tapped = [], [], []
-        for info, cached in zip(self.samples.shards, self.targets.shards, strict=True):
-            data = read_shard(store, samples, SAMPLES, info, ["sample_id", "tokens"])
-            self.tokens.append(data["tokens"].to_numpy())
-            self.positions.append(read_shard(store, targets, table, cached, ["positions"])["positions"].to_numpy())
-            ids = data["sample_id"].to_pylist()
-            self.tapped.append(np.array([is_tapped(i, cache.taps.fraction, cache.seed) for i in ids]))
-
-    def step_items(self, phase: AlignPhase | DistillPhase, seed: int, step: int) -> np.ndarray:
-        """int64[batch, 2] of (shard, row): the global batch of a step; ``align`` goes over tapped rows only."""
-        if phase.kind == "distill":
-            return batch_items(seed, step, phase.batch, self.samples.shard_rows)
-        rows = [np.flatnonzero(t) for t in self.tapped]
-        if not any(len(r) for r in rows):
-            raise ConfigInvalid(
-                f"cache.taps.fraction: none of {self.samples.rows} samples is tapped, but the recipe aligns mixers; "
-                "cache with a larger fraction"
-            )
-        items = batch_items(seed, step, phase.batch, [len(r) for r in rows])
-        return np.array([[shard, rows[shard][row]] for shard, row in items])
-
-    def count(self, values: list[np.ndarray], items: np.ndarray, *, tapped: bool) -> int:
-        """Sum of a per-row value over items, over the tapped ones only where asked."""
-        return int(sum(values[s][r] for s, r in items if not tapped or self.tapped[s][r]))
+# Shards are asked for so many steps before the step that needs them.
+STEPS_AHEAD = 8
+SAMPLES_PART: Part = ("samples", ())
+TARGETS_PART: Part = ("targets", ())
 
 
 class CachedBatches:
-    """The batches of one worker, for any phase and step."""
+    """The micro-batches of one worker, for any phase and step."""
 
     def __init__(
         self,
@@ -129,71 +54,126 @@ class CachedBatches:
         tapped: tuple[int, ...],
         layers: tuple[int, ...],
         processor: Any,
+        *,
+        micro_batch: int = 8,
+        padding: float = 0.05,
+        readers: int = 2,
+        held_out: float = 0.0,
     ) -> None:
         """``tapped`` are the layers that the cache holds, ``layers`` those that this student needs."""
         self.store, self.refs, self.cache, self.layers = store, (samples, targets), cache, layers
+        self.micro_batch, self.padding, self.readers = micro_batch, padding, readers
         self.table = targets_table(cache, tapped)
-        self.index = CacheIndex(store, samples, targets, cache, self.table)
+        self.index = CacheIndex(store, samples, targets, cache, self.table, held_out)
         self.processor = processor
         self.pad_id = pad_id_of(getattr(processor, "tokenizer", processor))
         self.image_token_id = image_token_of(processor)
-        self.tap_names = [c.name for layer in layers for c in tap_columns(layer, cache.taps)]
-        self.target_names = [c.name for c in targets_table(cache, ()).columns if c.name not in UNREAD]
-        self._shards: OrderedDict[tuple[str, int], tuple[list[Row], int]] = OrderedDict()
-        self._held = 0
+        self.window = ShardWindow(store, samples, targets, cache, self.table, self.index)
 
-    def stream(self, phase: AlignPhase | DistillPhase, seed: int, start: int, rank: int, world: int) -> Iterator[Batch]:
-        """The worker's batches of the phase's steps from ``start`` on."""
-        with ThreadPoolExecutor(1) as pool:
-            waiting: list[Future[Batch]] = []
-            for step in range(start, phase.steps + AHEAD):
-                if step < phase.steps:
-                    waiting.append(pool.submit(self.batch, phase, seed, step, rank, world))
-                if step >= start + AHEAD and waiting:
-                    yield waiting.pop(0).result()
-            for future in waiting:
-                yield future.result()
+    def stream(
+        self,
+        phase: AnyPhase,
+        steps: range,
+        seed: int,
+        rank: int,
+        world: int,
+        device: torch.device,
+        layers: tuple[int, ...] | None = None,
+    ) -> Iterator[Batch]:
+        """The worker's micro-batches of the phase's steps, on the device; only taps of ``layers`` where given."""
+        copier = Copier(device)
 
-    def batch(self, phase: AlignPhase | DistillPhase, seed: int, step: int, rank: int, world: int) -> Batch:
-        """The worker's part of one step."""
-        items = self.index.step_items(phase, seed, step)
-        mine = rank_slice(items, rank, world)
+        def make(items: np.ndarray, last: bool, totals: Totals) -> Sent:
+            return copier.send(self.batch(phase, items, last, totals, layers))
+
+        with ThreadPoolExecutor(self.readers) as pool, ThreadPoolExecutor(1) as ahead:
+            waiting: deque[Future[Sent]] = deque()
+            for step in steps:
+                if step + STEPS_AHEAD in steps or step == steps.start:
+                    ahead.submit(self._prepare, phase, seed, step + STEPS_AHEAD, layers)
+                for items, last, totals in self.plan(phase, seed, step, rank, world):
+                    waiting.append(pool.submit(make, items, last, totals))
+                    if len(waiting) > self.readers:
+                        yield copier.receive(waiting.popleft().result())
+            while waiting:
+                yield copier.receive(waiting.popleft().result())
+
+    def plan(
+        self, phase: AnyPhase, seed: int, step: int, rank: int, world: int
+    ) -> list[tuple[np.ndarray, bool, Totals]]:
+        """One worker's part of a step: each micro-batch's items, whether it is the last, and the step's totals."""
+        items = self.index.step_items(use_of(phase), phase.batch, seed, step)
+        return self._cut(items, rank, world)
+
+    def held_out(self, rank: int, world: int, device: torch.device, *, even: bool) -> Iterator[Batch]:
+        """The worker's part of the samples that are kept for validation, without taps.
+
+        ``even`` leaves out the last few where not every worker would get one, for engines that need them all at once.
+        """
+        items = self.index.first("held_out", self.index.count("held_out"))
+        items = items[: len(items) // world * world] if even else items
+        copier = Copier(device)
+        for chosen, last, totals in self._cut(items, rank, world):
+            yield copier.receive(copier.send(self.batch(None, chosen, last, totals)))
+
+    def _cut(self, items: np.ndarray, rank: int, world: int) -> list[tuple[np.ndarray, bool, Totals]]:
         index = self.index
-        base = Batch(
-            global_positions=index.count(index.positions, items, tapped=False),
-            global_tapped=int(sum(index.tapped[s][r] for s, r in items)),
-            global_tap_tokens=index.count(index.tokens, items, tapped=True),
+        lengths, tapped = index.of(index.tokens, items), index.of(index.tapped, items)
+        totals = Totals(
+            samples=len(items),
+            positions=int(index.of(index.positions, items).sum()),
+            supervised=int(index.of(index.supervised, items).sum()),
+            tapped=int(tapped.sum()),
+            tap_tokens=int(lengths[tapped].sum()),
+            tokens=int(lengths.sum()),
         )
-        taps = self.taps(mine)
-        if phase.kind == "align":
-            return replace(base, taps=taps)
-        return replace(base, taps=taps, **self._model_part(mine))
+        groups = [items[g][rank::world] for g in micro_batches(lengths, self.micro_batch, self.padding, world)]
+        mine = [g for g in groups if len(g)]
+        return [(group, i + 1 == len(mine), totals) for i, group in enumerate(mine)]
+
+    def batch(
+        self,
+        phase: AnyPhase | None,
+        items: np.ndarray,
+        last: bool,
+        totals: Totals,
+        layers: tuple[int, ...] | None = None,
+    ) -> Batch:
+        """One micro-batch, on the CPU; without a phase the model's part alone."""
+        found = Batch(items, last, totals, held_out=phase is None)
+        if phase is not None:
+            found = replace(found, taps=self.taps(items, self.layers if layers is None else layers))
+        if phase is None or phase.kind == "distill":
+            return self._with_model(found)
+        assert found.taps is not None, "such a phase goes over tapped rows only"
+        real = int(found.taps.mask.sum())
+        return replace(found, tokens=real, padding=found.taps.mask.numel() - real)
 
     def first_taps(self, count: int) -> list[dict[int, tuple[Tensor, Tensor | None]]]:
         """Taps of the first ``count`` tapped rows by layer, each [L, D] in float32; the same on every worker."""
-        found: list[dict[int, tuple[Tensor, Tensor | None]]] = []
-        for shard, flags in enumerate(self.index.tapped):
-            for row in np.flatnonzero(flags)[: count - len(found)]:
-                taps = self._tap_row(shard, int(row))
-                found.append({layer: (u.wide(), a.wide() if a else None) for layer, (u, a) in taps.items()})
-            if len(found) == count:
-                break
-        return found
+        rows = (self._tap_row(int(s), int(r), self.layers) for s, r in self.index.first("tapped", count))
+        return [{layer: (u.wide(), a.wide() if a else None) for layer, (u, a) in taps.items()} for taps in rows]
 
-    def taps(self, items: np.ndarray) -> TapBatch | None:
+    def taps(self, items: np.ndarray, layers: tuple[int, ...]) -> TapBatch | None:
         """The taps of those items that have them, right-padded."""
-        rows = [self._tap_row(int(s), int(r)) for s, r in items if self.layers and self.index.tapped[s][r]]
+        rows = [self._tap_row(int(s), int(r), layers) for s, r in items if layers and self.index.tapped[s][r]]
         if not rows:
             return None
         lengths = torch.tensor([next(iter(r.values()))[0].values.shape[0] for r in rows])
-        layers = {}
-        for n in self.layers:
+        found = {}
+        for n in layers:
             outputs = [a for r in rows if (a := r[n][1]) is not None]
-            layers[n] = (pad([r[n][0] for r in rows]), pad(outputs) if outputs else None)
-        return TapBatch(layers, torch.arange(int(lengths.max()))[None] < lengths[:, None])
+            found[n] = (pad([r[n][0] for r in rows]), pad(outputs) if outputs else None)
+        return TapBatch(found, torch.arange(int(lengths.max()))[None] < lengths[:, None])
 
-    def _tap_row(self, shard: int, row: int) -> dict[int, tuple[Activation, Activation | None]]:
-        data = self._rows("taps", shard)[row]
+    def sample_ids(self, items: np.ndarray) -> list[str]:
+        """The ids of the samples at these places."""
+        return [self.index.ids[shard][row] for shard, row in items]
+
+    def _tap_row(
+        self, shard: int, row: int, layers: tuple[int, ...]
+    ) -> dict[int, tuple[Activation, Activation | None]]:
+        data = self.window.rows(("taps", layers), shard)[row]
         tokens = int(self.index.tokens[shard][row])
         taps = self.cache.taps
 
@@ -201,11 +181,13 @@ class CachedBatches:
             return decode_activation(name, data, tokens, taps.dtype)
 
         stored = taps.targets == "stored"
-        return {n: (part(f"tap_{n}_input"), part(f"tap_{n}_output") if stored else None) for n in self.layers}
+        return {n: (part(f"tap_{n}_input"), part(f"tap_{n}_output") if stored else None) for n in layers}
 
-    def _model_part(self, items: np.ndarray) -> dict[str, Any]:
-        samples = [self._rows("samples", int(s))[r] for s, r in items]
-        targets = [self._rows("targets", int(s))[r] for s, r in items]
+    def _with_model(self, batch: Batch) -> Batch:
+        """Adds what the model takes, and what it is to say."""
+        items = batch.items
+        samples = [self.window.rows(SAMPLES_PART, int(s))[r] for s, r in items]
+        targets = [self.window.rows(TARGETS_PART, int(s))[r] for s, r in items]
         for sample, target in zip(samples, targets, strict=True):
             if sample["sample_id"] != target["sample_id"]:
                 raise ShardCorrupt(f"{self.refs[1]}: row of {target['sample_id']} stands beside {sample['sample_id']}")
@@ -215,44 +197,39 @@ class CachedBatches:
             target_positions(self.cache.positions, s, t, self.image_token_id)
             for s, t in zip(spans, tokens, strict=True)
         ]
-        ids, mask = pad_tokens(tokens, self.pad_id)
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        pixels = pixel_values(self.processor, [s["image"] for s in samples])
+        inputs = {"input_ids": pad_tokens(tokens, self.pad_id)[0]}
+        if self.cache.vision == "none":
+            pixels = pixel_values(self.processor, [s["image"] for s in samples])
+        else:
+            pixels = vision_inputs(targets)
         if pixels is not None:
             inputs["pixel_values"] = pixels
         rows = np.repeat(np.arange(len(places)), [len(p) for p in places])
-        gold = np.concatenate([t[p + 1] for t, p in zip(tokens, places, strict=True)]).astype(np.int64)
-        return {
-            "inputs": inputs,
-            "positions": torch.from_numpy(np.stack([rows, np.concatenate(places)], 1)),
-            "gold": torch.from_numpy(gold),
-            "targets": decode(self.cache.targets, targets),
-        }
+        gold = [next_tokens(t)[p] for t, p in zip(tokens, places, strict=True)]
+        answers = [np.isin(p, predicting_positions(s)) for s, p in zip(spans, places, strict=True)]
+        real = sum(len(t) for t in tokens)
+        return replace(
+            batch,
+            inputs=inputs,
+            positions=torch.from_numpy(np.stack([rows, np.concatenate(places)], 1)),
+            gold=torch.from_numpy(np.concatenate(gold)),
+            supervised=torch.from_numpy(np.concatenate(answers)),
+            targets=decode(self.cache.targets, targets),
+            tokens=real,
+            padding=inputs["input_ids"].numel() - real,
+        )
 
-    def _rows(self, part: str, shard: int) -> list[Row]:
-        """Rows of one shard, of the samples, the targets or the taps; the latest used stay in memory.
+    def _prepare(self, phase: AnyPhase, seed: int, step: int, layers: tuple[int, ...] | None) -> None:
+        """Has the shards of a later step read; an error is met again, and raised, where they are used."""
+        items = self.index.step_items(use_of(phase), phase.batch, seed, step)
+        wanted = [SAMPLES_PART, TARGETS_PART] if phase.kind == "distill" else []
+        layers = self.layers if layers is None else layers
+        for shard in dict.fromkeys(int(s) for s in items[:, 0]):
+            taps: list[Part] = [("taps", layers)] if layers and self.index.tapped[shard].any() else []
+            for part in [*wanted, *taps]:
+                self.window.rows(part, shard)
 
-        At least one window of shards stays, or every step would read them anew.
-        """
-        key = (part, shard)
-        if key not in self._shards:
-            data = self._read(part, shard)
-            self._shards[key] = (rows_of(data), data.nbytes)
-            self._held += data.nbytes
-            while self._held > MEMORY_BYTES and len(self._shards) > 3 * (WINDOW + 1):
-                _, (_, freed) = self._shards.popitem(last=False)
-                self._held -= freed
-        self._shards.move_to_end(key)
-        return self._shards[key][0]
 
-    def _read(self, part: str, shard: int) -> pa.Table:
-        samples, targets = self.refs
-        table: Table = SAMPLES if part == "samples" else self.table
-        columns = {
-            "samples": ["sample_id", "input_ids", "spans", "image"],
-            "targets": self.target_names,
-            "taps": self.tap_names,
-        }[part]
-        manifest = self.index.samples if part == "samples" else self.index.targets
-        ref = samples if part == "samples" else targets
-        return read_shard(self.store, ref, table, manifest.shards[shard], columns)
+def use_of(phase: AnyPhase) -> Use:
+    """The rows that a phase goes over: all of them where a model runs, else those with taps."""
+    return "all" if phase.kind == "distill" else "tapped"

@@ -1,13 +1,13 @@
 """Checkpoints that no engine owns: trained parameters and optimizer moments by parameter name, and the step.
 
-One safetensors file a checkpoint, committed as a whole; its header holds the state. Any world size can go on from it.
+One safetensors file a checkpoint, committed as a whole; its header holds the state. Any engine and world size can go
+on from it. There is no data position beyond the step, and no state of random numbers: both are functions of it.
 """
 
 import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -16,58 +16,71 @@ from pipeline.store import Store
 from schemas.artifacts import ArtifactRef
 
 FOLDER = "checkpoints"
-KEPT = 2
+BEST = "best.safetensors"
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Where checkpoints of a run go, and how many of the latest are kept."""
+
+    store: Store
+    ref: ArtifactRef
+    fingerprint: str
+    keep: int = 2
 
 
 @dataclass
 class TrainState:
-    """Where training stands: ``step`` optimizer steps of phase ``phase`` are done. ``history`` is the logged curve."""
+    """Where training stands: ``step`` optimizer steps of phase ``phase`` are done.
+
+    ``history`` is the logged curve, ``best`` the lowest held-out divergence so far.
+    """
 
     phase: int = 0
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+    best: float | None = None
 
 
-def save_checkpoint(
-    store: Store, ref: ArtifactRef, fingerprint: str, state: TrainState, tensors: dict[str, Tensor]
-) -> None:
+def save_checkpoint(saving: Saving, state: TrainState, tensors: dict[str, Tensor]) -> None:
     """Commits a checkpoint and removes all but the latest few."""
-    header = {"fingerprint": fingerprint, "state": json.dumps(asdict(state))}
-    name = f"phase-{state.phase:02d}-step-{state.step:08d}.safetensors"
-    folder = f"{ref}/{FOLDER}"
-    store.write(f"{folder}/{name}", save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, header))
-    for old in store.names(folder)[:-KEPT]:
-        store.remove(f"{folder}/{old}")
+    folder = f"{saving.ref}/{FOLDER}"
+    saving.store.write(
+        f"{folder}/phase-{state.phase:02d}-step-{state.step:08d}.safetensors", _bytes(saving, state, tensors)
+    )
+    for old in saving.store.names(folder)[: -saving.keep]:
+        saving.store.remove(f"{folder}/{old}")
 
 
-def latest_checkpoint(store: Store, ref: ArtifactRef, fingerprint: str) -> tuple[TrainState, dict[str, Tensor]] | None:
+def save_best(saving: Saving, state: TrainState, tensors: dict[str, Tensor]) -> None:
+    """Commits the trained parameters of the lowest held-out divergence, over the last ones'."""
+    saving.store.write(f"{saving.ref}/{BEST}", _bytes(saving, state, tensors))
+
+
+def _bytes(saving: Saving, state: TrainState, tensors: dict[str, Tensor]) -> bytes:
+    header = {"fingerprint": saving.fingerprint, "state": json.dumps(asdict(state))}
+    return save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, header)
+
+
+def latest_checkpoint(saving: Saving) -> tuple[TrainState, dict[str, Tensor]] | None:
     """The furthest checkpoint of this very artifact, None where there is none."""
-    names = store.names(f"{ref}/{FOLDER}")
-    for name in reversed(names):
-        data = store.read(f"{ref}/{FOLDER}/{name}")
-        header = metadata_of(data)
-        if header.get("fingerprint") == fingerprint:
-            return TrainState(**json.loads(header["state"])), load(data)
+    for name in reversed(saving.store.names(f"{saving.ref}/{FOLDER}")):
+        found = _read(saving, f"{FOLDER}/{name}")
+        if found:
+            return found
     return None
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Tensor]:
-    """The moments by ``optimizer.NAME.FIELD``; ``names`` maps a parameter's ``id`` to its name."""
-    found = {}
-    for parameter, moments in optimizer.state.items():
-        for key, value in moments.items():
-            found[f"optimizer.{names[id(parameter)]}.{key}"] = value
-    return found
+def best_checkpoint(saving: Saving) -> dict[str, Tensor]:
+    """The trained parameters of the lowest held-out divergence."""
+    found = _read(saving, BEST)
+    assert found is not None, "a run that asks for the best has held samples out"
+    return found[1]
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[int, str], tensors: dict[str, Tensor]) -> None:
-    """Puts the moments back; parameters without any start afresh."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            prefix = f"optimizer.{names[id(parameter)]}."
-            moments = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-            if moments:
-                # `step` is a scalar that AdamW keeps on the CPU
-                optimizer.state[parameter] = {
-                    k: v if k == "step" else v.to(parameter.device) for k, v in moments.items()
-                }
+def _read(saving: Saving, name: str) -> tuple[TrainState, dict[str, Tensor]] | None:
+    data = saving.store.read(f"{saving.ref}/{name}")
+    header = metadata_of(data)
+    if header.get("fingerprint") != saving.fingerprint:
+        return None
+    return TrainState(**json.loads(header["state"])), load(data)

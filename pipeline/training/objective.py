@@ -1,17 +1,19 @@
-"""What a step minimises: one module a phase, whose forward is the loss of a batch, so that DDP sees one forward."""
+"""What a step minimises: one module a phase, whose forward is the loss of a micro-batch, so that engines see one call.
 
-from typing import Literal
+Losses are sums over the micro-batch, divided by counts over the whole step: micro-batches and workers add up.
+"""
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.losses import gold_cross_entropy, layer_loss, target_kl
+from pipeline.divergences import Term, gold_term, target_term
+from pipeline.losses import head_loss, layer_loss, top1_agreement
 from pipeline.mixer import Mamba2Mixer
 from pipeline.models import body, head
-from pipeline.training.batches import Batch, TapBatch
+from pipeline.training.batch import Batch, TapBatch
 from pipeline.training.recompute import TeacherLayers
-from schemas.config import LossWeights
+from schemas.recipe import DistillConfig, LossWeights
 
 Metrics = dict[str, Tensor]
 
@@ -22,27 +24,29 @@ class LayerObjective(nn.Module):
     def __init__(
         self,
         mixers: dict[int, Mamba2Mixer],
-        kind: Literal["mse", "frobenius"],
+        recipe: DistillConfig,
         power: dict[int, float],
         teacher: TeacherLayers | None,
     ) -> None:
+        """``power`` is the mean squared norm a token of each layer's target."""
         super().__init__()
         self.teacher = teacher
         self.mixers = nn.ModuleDict({str(i): m for i, m in mixers.items()})
-        self.kind: Literal["mse", "frobenius"] = kind
+        self.recipe = recipe
         self.power = power
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Sum over layers of the mean layer loss: a token for ``mse``, a sample for ``frobenius``."""
-        assert batch.taps is not None, "an align step goes over tapped rows only"
-        count = batch.global_tap_tokens if self.kind == "mse" else batch.global_tapped
+        """Sum over layers of the mean layer loss: a token for ``mse``, a sample for ``frobenius`` or ``reference``."""
+        assert batch.taps is not None, "such a phase goes over tapped rows only"
+        kind = self.recipe.layer_loss
+        by_token = kind == "mse" and self.recipe.reduction == "token_mean"
+        count = batch.totals.tap_tokens if by_token else batch.totals.tapped
         metrics: Metrics = {}
         for name, mixer in self.mixers.items():
             value_in, value_out = batch.taps.layers[int(name)]
             output, _ = mixer(value_in.wide(next(mixer.parameters()).dtype))
             target = value_out.wide() if value_out else self._recomputed(int(name), batch.taps)
-            value = layer_loss(output, target, batch.taps.mask, self.kind, self.power[int(name)])
-            metrics[f"layer_{name}"] = value / count
+            metrics[f"layer_{name}"] = layer_loss(output, target, batch.taps.mask, kind, self.power[int(name)]) / count
         return torch.stack(list(metrics.values())).sum(), metrics
 
     def _recomputed(self, layer: int, taps: TapBatch) -> Tensor:
@@ -53,25 +57,72 @@ class LayerObjective(nn.Module):
 class DistillObjective(nn.Module):
     """α KL + β layer loss + γ cross-entropy of the whole student."""
 
-    def __init__(self, model: PreTrainedModel, layer: LayerObjective, weights: LossWeights, temperature: float) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layer: LayerObjective,
+        weights: LossWeights,
+        temperature: float,
+        recipe: DistillConfig,
+    ) -> None:
         super().__init__()
-        self.model, self.layer, self.weights, self.temperature = model, layer, weights, temperature
+        self.model, self.layer, self.weights, self.temperature, self.recipe = model, layer, weights, temperature, recipe
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        """The weighted loss, KL and cross-entropy as means over all workers' positions."""
-        assert batch.positions is not None
-        assert batch.targets is not None
-        assert batch.gold is not None
-        hidden_BLD = body(self.model)(**batch.inputs, use_cache=False).last_hidden_state
-        hidden_PD = hidden_BLD[batch.positions[:, 0], batch.positions[:, 1]]
-        output = head(self.model)
-        metrics = {"kl": target_kl(hidden_PD, output, batch.targets, self.temperature) / batch.global_positions}
-        loss = self.weights.kl * metrics["kl"]
+        """The weighted loss; divergence and cross-entropy as means over the step's positions or samples.
+
+        Of a batch that is held out the loss is the summed divergence, and the metrics are what ``held_out`` gives.
+        """
+        if batch.held_out:
+            found = self.held_out(batch)
+            return found["kl"], found
+        hidden_PD = self._hidden(batch)
+        terms: dict[str, tuple[float, Term]] = {}
+        if self.weights.kl:
+            terms["kl"] = (self.weights.kl / self._count(batch), self._divergence(batch))
         if self.weights.ce:
-            metrics["ce"] = gold_cross_entropy(hidden_PD, output, batch.gold) / batch.global_positions
-            loss = loss + self.weights.ce * metrics["ce"]
+            assert batch.gold is not None
+            terms["ce"] = (self.weights.ce, gold_term(batch.gold, self._gold_weights(batch)))
+        loss, values = head_loss(hidden_PD, head(self.model), list(terms.values()))
+        metrics: Metrics = dict(zip(terms, values, strict=True))
+        if "kl" in metrics:
+            metrics["kl"] = metrics["kl"] / self._count(batch)
         if self.weights.layer and batch.taps is not None:
             layer, found = self.layer(batch)
             loss = loss + self.weights.layer * layer
             metrics |= found
         return loss, metrics
+
+    @torch.no_grad()
+    def held_out(self, batch: Batch) -> Metrics:
+        """Sums over the micro-batch's positions: ``kl``, the divergence, and ``top1``, agreements with the teacher."""
+        assert batch.targets is not None
+        hidden_PD, output = self._hidden(batch), head(self.model)
+        kl, _ = head_loss(hidden_PD, output, [(1.0, self._divergence(batch))])
+        return {"kl": kl.double(), "top1": top1_agreement(hidden_PD, output, batch.targets).double()}
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """The states [P, D] at the positions that have a target."""
+        assert batch.positions is not None
+        dtype = head(self.model).weight.dtype  # the frozen body's; pixels come in float32
+        inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.inputs.items()}
+        hidden_BLD = body(self.model)(**inputs, use_cache=False).last_hidden_state
+        return hidden_BLD[batch.positions[:, 0], batch.positions[:, 1]]
+
+    def _divergence(self, batch: Batch) -> Term:
+        assert batch.targets is not None
+        return target_term(head(self.model), batch.targets, self.temperature, self.recipe.divergence)
+
+    def _count(self, batch: Batch) -> int:
+        return batch.totals.positions if self.recipe.reduction == "token_mean" else batch.totals.samples
+
+    def _gold_weights(self, batch: Batch) -> Tensor:
+        """[P]: what each position's cross-entropy counts; ``reference``: the mean of samples' means."""
+        assert batch.supervised is not None
+        assert batch.positions is not None
+        supervised_P = batch.supervised.float()
+        if self.recipe.reduction == "token_mean":
+            return supervised_P / batch.totals.supervised
+        row_P = batch.positions[:, 0]
+        count_B = torch.bincount(row_P, supervised_P, minlength=len(batch.items)).clamp(min=1)
+        return supervised_P / (count_B[row_P].float() * batch.totals.samples)

@@ -20,8 +20,8 @@ from pipeline.student import has_bias
 from pipeline.surgery import mixer_dims
 from pipeline.training.batches import CachedBatches
 from pipeline.training.loop import CALIBRATION_SAMPLES
-from schemas.config import Init
 from schemas.runfile import load_run
+from schemas.sections import Init
 
 SETTINGS = (
     "student.layers={ratio: 1.0}",

@@ -18,7 +18,8 @@ from pipeline.shards import fold_manifest, read_shard, rows_of, write_shard
 from pipeline.store import Store
 from pipeline.targets import decode, encode_draws
 from schemas.artifacts import ArtifactRef
-from schemas.config import ActivationType, CacheConfig, TapsConfig
+from schemas.config import CacheConfig, TapsConfig
+from schemas.sections import ActivationType
 from schemas.tables import STATISTICS, targets_table
 
 SAMPLES, TOKENS, WIDTH, VOCABULARY, LAYERS = 64, 256, 2560, 51200, (0, 4)

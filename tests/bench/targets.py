@@ -25,8 +25,9 @@ from pipeline.store import Store
 from pipeline.student import build_student
 from pipeline.surgery import trainable_names
 from pipeline.targets import SparseTargets, Targets, TopTargets, decode, encode, entropy, extract, logprobs, uniforms
-from schemas.config import FinalHiddenTargets, Positions, SampledTargets, TargetsConfig, TopKTargets
+from schemas.config import FinalHiddenTargets, SampledTargets, TargetsConfig, TopKTargets
 from schemas.layers import LayerPlan
+from schemas.sections import Positions
 
 TEACHER, CPU = "jobs/demo/teacher", torch.device("cpu")
 BATCH = 32

@@ -17,7 +17,11 @@ from cluster.session import session
 from jobs.demo.run import write_report
 from jobs.plan import make_plan
 from jobs.stages import NAMES, run_named
+from jobs.train import train_job, train_student
 from pipeline.store import Store
+from pipeline.training.engine import Worker
+from pipeline.training.loop import LOG
+from pipeline.training.watch import SPEED
 from schemas.config import RunConfig
 from schemas.errors import ConfigInvalid, ShardCorrupt
 from tests.conftest import tiny_settings
@@ -104,11 +108,8 @@ def test_killed_cache_resumes_to_identical_bytes(settings: dict[str, Any], finis
     assert {name: (folder / name).stat().st_mtime_ns for name in left} == before, "committed shards are not made again"
 
 
-def untimed(curve: bytes) -> list[dict[str, Any]]:
-    return [
-        {k: v for k, v in e.items() if k not in ("steps_per_second", "waiting_share")}
-        for e in json.loads(curve)["history"]
-    ]
+def untimed(log: bytes) -> list[dict[str, Any]]:
+    return [{k: v for k, v in json.loads(line).items() if k not in SPEED} for line in log.splitlines()]
 
 
 @pytest.mark.slow
@@ -123,20 +124,17 @@ def test_killed_distill_command_resumes_to_identical_weights_and_order(
     assert not (folder / "student.safetensors").exists()
     run_named("distill", again, Console(file=io.StringIO()))
     assert files_of(again, "distill", "student.safetensors") == files_of(finished, "distill", "student.safetensors")
-    curves = [files_of(r, "distill", "curve.json")["curve.json"] for r in (again, finished)]
+    curves = [files_of(r, "distill", LOG)[LOG] for r in (again, finished)]
     assert untimed(curves[0]) == untimed(curves[1])
 
 
 def test_two_workers_train_as_one_process_does(finished: RunConfig, tmp_path: Path) -> None:
-    from jobs import distill
-    from pipeline.training.loop import Worker
-
     alone = finished.model_copy(
         update={"distill": finished.distill.model_copy(update={"artifact": f"{tmp_path.name}@1"})}
     )
     curve: list[dict[str, Any]] = []
-    distill.train_student(distill.distill_job(alone, "f" * 32), Worker(0, 1, torch.device("cpu")), curve.append)
-    together = json.loads(files_of(finished, "distill", "curve.json")["curve.json"])["history"]
+    train_student(train_job(alone, "f" * 32), Worker(0, 1, torch.device("cpu")), curve.append)
+    together = untimed(files_of(finished, "distill", LOG)[LOG])
     for one, two in zip(curve, together, strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-4), one["step"]  # sums in another order, ten steps
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from pipeline.data.collate import pad_tokens
+from pipeline.models import body
 from pipeline.student import save_hybrid
 from schemas.errors import ConfigInvalid
 from tests.decoders import FAMILIES, IMAGE_TOKEN, LAYERS, SPECIAL, WITH_IMAGES, build, hybrid, image_prompt, tokens
@@ -266,3 +268,16 @@ torch.save(logits, root / "logits.pt")
     assert found.keys() == expected.keys()
     for family, logits in expected.items():
         assert torch.equal(found[family], logits), family
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_padding_on_the_right_needs_no_mask(family: str) -> None:
+    """Training gives none: what follows a token is nothing that a causal model, mixers included, can see."""
+    model = hybrid(build(family), (1, 2))
+    rows = tokens(9, 5)
+    ids, mask = pad_tokens([r.numpy() for r in rows], 0)
+    alone = [body(model)(input_ids=r[None], use_cache=False).last_hidden_state[0] for r in rows]
+    together = body(model)(input_ids=ids, use_cache=False).last_hidden_state
+    for row, keep, expected in zip(together, mask, alone, strict=True):
+        torch.testing.assert_close(row[keep == 1], expected, rtol=PADDED_LOGITS, atol=PADDED_LOGITS)

@@ -16,8 +16,9 @@ from pipeline.shards import read_manifest
 from pipeline.stage import read_record, run_stage
 from pipeline.store import Store
 from pipeline.verify import verify
-from schemas.config import CachePlacement, Placement, RunConfig
+from schemas.config import RunConfig
 from schemas.errors import SampleInvalid, StoreUnavailable
+from schemas.placement import CachePlacement, Placement
 from schemas.tables import SAMPLES, targets_table
 from tests.conftest import tiny_settings
 from tests.pipeline.test_training import assert_alike, assert_same_shards, make_cache

@@ -1,0 +1,136 @@
+"""What one Ray Train worker of stage ``distill`` does: builds the student and trains it."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from jobs.stages import layer_plan, store_of, tapped_layers, teacher_digests, teacher_path
+from pipeline.models import decoder, load_processor, pick_device
+from pipeline.ops.backends import resolve
+from pipeline.store import Store
+from pipeline.student import apply_start, build_student, record_of, trained_bytes
+from pipeline.surgery import widen_trained
+from pipeline.training.batches import CachedBatches
+from pipeline.training.checkpoint import Saving, best_checkpoint
+from pipeline.training.engine import Worker
+from pipeline.training.loop import Report, Training
+from pipeline.training.recompute import TeacherLayers
+from pipeline.vision import feed_features
+from schemas.config import RunConfig, StoreConfig
+from schemas.layers import LayerPlan
+
+# The trained parameters, the same before the first step, and who computed the mixers.
+WEIGHTS, INITIAL, BACKEND = "student.safetensors", "initial.safetensors", "backend.json"
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """What the workers of one distill stage need; plain values, so that it travels."""
+
+    run: RunConfig
+    store: StoreConfig
+    teacher: str
+    plan: LayerPlan
+    tapped: tuple[int, ...]
+    digests: dict[str, str]
+    fingerprint: str
+
+    def backend(self, store: Store) -> str:
+        """Who computed the mixers of the finished training."""
+        found: str = json.loads(store.read(f"{self.run.ref('distill')}/{BACKEND}"))
+        return found
+
+
+def train_job(run: RunConfig, fingerprint: str) -> TrainJob:
+    """What the workers of this run's training need."""
+    digests = teacher_digests(run.teacher.path)
+    return TrainJob(run, store_of(run), teacher_path(run), layer_plan(run), tapped_layers(run), digests, fingerprint)
+
+
+def needs_taps(run: RunConfig) -> bool:
+    """Whether any phase reads taps."""
+    return any(p.kind != "distill" or p.weights.layer > 0 for p in run.distill.phases)
+
+
+def needs_attention(run: RunConfig) -> bool:
+    """Whether training runs the replaced attention, for outputs or mixing matrices that are not in the cache."""
+    stored = run.cache.taps.targets == "stored"
+    return any(p.kind == "match" for p in run.distill.phases) or (needs_taps(run) and not stored)
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """The train loop of one Ray Train worker."""
+    import ray.train
+
+    job: TrainJob = config["job"]
+    mailbox = config["mailbox"]
+    context = ray.train.get_context()
+    torch.set_num_threads(max(1, round(job.run.placement.distill.cpus_per_worker)))
+    device = pick_device(job.run.placement.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", context.get_local_rank() % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    worker = Worker(context.get_world_rank(), context.get_world_size(), device)
+
+    def report(entry: dict[str, Any] | str) -> None:
+        # not `ray.train.report`: it waits for the controller's next poll, seconds that a logged step does not have
+        if worker.rank == 0:
+            mailbox.put_nowait(entry)
+
+    train_student(job, worker, report, report)
+
+
+def train_student(job: TrainJob, worker: Worker, report: Report, say: Callable[[str], None] = print) -> None:
+    """Builds the student and trains it to the end; rank 0 leaves weights and log in the artifact's folder."""
+    run, place = job.run, job.run.placement.distill
+    store, ref = Store(job.store), run.ref("distill")
+    ops = resolve(run.placement.backend, worker.device)
+    say(f"the mixers are computed by {ops.backend} ({ops.why})")
+    replaced: dict[int, torch.nn.Module] = {}
+    dtype, cpu = getattr(torch, run.distill.dtype), torch.device("cpu")
+    model = build_student(
+        job.teacher, job.plan, run.student.init, run.distill.seed, dtype, cpu, ops, job.digests, replaced
+    )
+    widen_trained(model, run.student.train)
+    started = frozenset[int]()
+    if earlier := run.earlier():
+        name = f"{earlier}/{WEIGHTS}"
+        started = apply_start(model, store.read(name), name)
+    if run.cache.vision != "none":
+        feed_features(model)
+    batches = CachedBatches(
+        store,
+        run.ref("prepare"),
+        run.ref("cache"),
+        run.cache,
+        job.tapped,
+        job.plan.replaced if needs_taps(run) else (),
+        load_processor(job.teacher),
+        micro_batch=place.micro_batch,
+        padding=place.padding,
+        readers=place.readers,
+        held_out=run.distill.validation.fraction,
+    )
+    training = Training(
+        model,
+        batches,
+        run.distill,
+        place,
+        run.cache.targets.temperature,
+        run.student,
+        worker,
+        saving := Saving(store, ref, job.fingerprint, run.distill.keep),
+        TeacherLayers(replaced, decoder(model)) if needs_attention(run) else None,
+        started,
+    )
+    training.run(report)
+    if worker.rank == 0:
+        record, parts = record_of(model), run.student.train
+        best = run.distill.result == "best"
+        final = best_checkpoint(saving) if best else training.final
+        store.write(f"{ref}/{INITIAL}", trained_bytes(training.initial, record, parts))
+        store.write(f"{ref}/{WEIGHTS}", trained_bytes(final, record, parts))
+        store.write(f"{ref}/{BACKEND}", json.dumps(ops.backend).encode())

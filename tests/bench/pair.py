@@ -1,0 +1,182 @@
+"""A teacher and its student in one memory, and batches for them: what the benchmarks of training steps share.
+
+The student's frozen parameters are the teacher's own tensors. That changes no side's work, and what models of their own
+would add to memory is counted (``Pair.shared``, ``Pair.spare``).
+"""
+
+import argparse
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForImageTextToText
+
+from pipeline.initialise import initialise
+from pipeline.models import connector, decoder, fuse_activations
+from pipeline.ops.backends import resolve
+from pipeline.student import has_bias
+from pipeline.surgery import DEFAULT_PARTS, mixers, replace_layers, trainable_names
+from pipeline.training.batch import Batch, Totals
+from pipeline.training.engine import OptimizerRecipe, Worker, make_engine
+from pipeline.training.execution import mix_precision
+from pipeline.training.objective import DistillObjective, LayerObjective
+from schemas.layers import LayersConfig, plan_layers
+from schemas.recipe import DistillConfig, LossWeights
+from tests.bench.capture import config
+
+RATIO, INIT = 0.25, "mimic"
+TEMPERATURE = 1.0
+RECIPE = DistillConfig.model_validate({"phases": [{"kind": "distill", "steps": 1}]})
+# Text before the image, which every sample has in the middle.
+PROMPT = 16
+# Ids of text, none of which stands for an image.
+TEXT_IDS = (10, 80)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a step: samples, tokens a sample of which the last ``response`` have targets, and what goes with them."""
+
+    batch: int
+    tokens: int
+    response: int
+    image: bool
+    small: bool
+
+    @property
+    def a_step(self) -> int:
+        """Tokens a step."""
+        return self.batch * self.tokens
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """The options that ``sizes_of`` reads."""
+    parser.add_argument("--small", action="store_true", help="a tiny model on the CPU, to see that it runs")
+    parser.add_argument("--batch", type=int, help="samples a step and device (8; small: 2)")
+    parser.add_argument("--tokens", type=int, help="tokens a sample (1,024; small: 48)")
+    parser.add_argument("--response", type=int, help="the last of them, which have targets (200; small: 8)")
+    parser.add_argument("--no-image", action="store_true", help="text alone")
+
+
+def sizes_of(given: argparse.Namespace) -> Sizes:
+    """The sizes asked for."""
+    usual = (2, 48, 8) if given.small else (8, 1024, 200)
+    batch, tokens, response = (g or u for g, u in zip((given.batch, given.tokens, given.response), usual, strict=True))
+    return Sizes(batch, tokens, response, not given.no_image, given.small)
+
+
+class Pair:
+    """The models, the student's objective and its engine; the learning rate is 0, so that no step changes another's.
+
+    Frozen weights are bfloat16, trained ones float32 under autocast.
+    """
+
+    def __init__(self, sizes: Sizes, worker: Worker) -> None:
+        self.sizes, self.device = sizes, (device := worker.device)
+        self.made = config(small=sizes.small)
+        # as the reference selects: all patches but the first, 728 of 729
+        self.made.vision_feature_select_strategy = "default"
+        torch.manual_seed(0)
+        with device:
+            teacher = AutoModelForImageTextToText.from_config(self.made, dtype=torch.bfloat16)
+        fuse_activations(teacher)
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.plan = plan_layers(LayersConfig(ratio=RATIO), len(decoder(teacher).layers))
+        self.ops = resolve("auto", device)
+        self.student = self._student()
+        found = mixers(self.student)
+        layer = LayerObjective(found, RECIPE, dict.fromkeys(found, 1.0), None)
+        self.objective = DistillObjective(self.student, layer, LossWeights(), TEMPERATURE, RECIPE)
+        self.trained = self._train()
+        mix_precision(self.student, DEFAULT_PARTS, device)
+        how = OptimizerRecipe(RECIPE.betas, RECIPE.weight_decay, RECIPE.clip)
+        # one engine for all sides: whoever adds gradients, it clips and steps
+        self.engine = make_engine("ddp", False, self.objective, self.trained, how, worker)
+
+    def _student(self) -> Any:
+        own = {id(p) for p in connector(self.teacher).parameters()}
+        frozen = [t for t in (*self.teacher.parameters(), *self.teacher.buffers()) if id(t) not in own]
+        student = copy.deepcopy(self.teacher, {id(t): t for t in frozen})
+        generator = torch.Generator().manual_seed(0)
+        for index, attention in replace_layers(student, self.plan, bias=has_bias(INIT), ops=self.ops).items():
+            initialise(mixers(student)[index], attention, INIT, generator)
+        return student.eval().requires_grad_(False)
+
+    def _train(self) -> dict[str, nn.Parameter]:
+        parameters = dict(self.student.named_parameters())
+        chosen = {n: parameters[n] for n in trainable_names(self.student)}
+        for parameter in chosen.values():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        return chosen
+
+    def moved(self, batch: Batch) -> Batch:
+        """The batch on the device."""
+        return batch.map(lambda tensor: tensor.to(self.device))
+
+    @contextmanager
+    def checkpointed(self) -> Iterator[None]:
+        """While open, the stock layers keep no activations but run again in the backward pass."""
+        stock = [decoder(self.student).layers[i] for i in self.plan.kept]
+        for layer in stock:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        try:
+            yield
+        finally:
+            for layer in stock:
+                del layer.forward
+
+    def compile(self) -> None:
+        """Compiles the layers that both models have."""
+        for model in (self.teacher, self.student):
+            for index in self.plan.kept:
+                decoder(model).layers[index].compile()
+
+    @property
+    def spare(self) -> int:
+        """Bytes of the teacher that a student alone does not hold: replaced attention, the connector's start."""
+        mine = {id(p) for p in self.student.parameters()}
+        return _bytes(p for p in self.teacher.parameters() if id(p) not in mine)
+
+    @property
+    def shared(self) -> int:
+        """Bytes that a teacher of its own would add."""
+        mine = {id(p) for p in self.student.parameters()}
+        return _bytes(p for p in self.teacher.parameters() if id(p) in mine)
+
+    def draw_batch(self, tapped: int, seed: int) -> Batch:
+        """A batch on the host without the teacher's part, whose first ``tapped`` samples are to have taps."""
+        sizes, generator = self.sizes, torch.Generator().manual_seed(seed)
+        ids = torch.randint(*TEXT_IDS, (sizes.batch, sizes.tokens), generator=generator)
+        inputs = {"input_ids": ids}
+        if sizes.image:
+            vision = self.made.vision_config
+            image = (vision.image_size // vision.patch_size) ** 2 - 1
+            ids[:, PROMPT : PROMPT + image] = self.made.image_token_id
+            shape = (sizes.batch, 3, vision.image_size, vision.image_size)
+            inputs["pixel_values"] = torch.randn(shape, generator=generator)
+        rows = torch.arange(sizes.batch).repeat_interleave(sizes.response)
+        places = torch.arange(sizes.tokens - sizes.response - 1, sizes.tokens - 1).repeat(sizes.batch)
+        count = len(rows)
+        totals = Totals(sizes.batch, count, count, tapped, tapped * sizes.tokens, sizes.a_step)
+        items = np.stack([np.zeros(sizes.batch, np.int64), np.arange(sizes.batch)], 1)
+        return Batch(
+            items,
+            last=True,
+            totals=totals,
+            inputs=inputs,
+            positions=torch.stack([rows, places], 1),
+            gold=ids[rows, places + 1],
+            supervised=torch.ones(count, dtype=torch.bool),
+        )
+
+
+def _bytes(tensors: Iterator[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
