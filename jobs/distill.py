@@ -117,7 +117,7 @@ def _distill(store: Store, job: TrainJob) -> dict[str, Any]:
     return {
         "replaced": list(job.plan.replaced),
         "steps": entries[-1]["total"],
-        "workers": place.workers,
+        "workers": entries[-1]["workers"],
         "strategy": place.strategy,
         "restarts": retries,
         "backend": job.backend(store),

@@ -24,7 +24,7 @@ from schemas.sections import Tracker
 
 PACKAGES: dict[Tracker, str] = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 # Where an entry belongs, not what was measured there.
-PLACE = ("phase", "step", "steps")
+PLACE = ("phase", "step", "steps", "done", "total")
 # The W&B project where the environment names none.
 PROJECT = "decant"
 

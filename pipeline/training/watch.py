@@ -60,6 +60,7 @@ class Window:
             "padding_share": round(padding / (tokens + padding), 4),
             "waiting_share": round(waiting, 4),
             "memory_bytes": int(memory),
+            "workers": self.worker.world,
         }
 
     def _divisor(self, name: str) -> int:
@@ -67,8 +68,8 @@ class Window:
         return max(1, self.tap_steps if name.startswith("layer_") else self.steps)
 
 
-# Entries of the log that say how fast it went; all others are the same in every run.
-SPEED = ("steps_per_second", "tokens_per_second", "waiting_share", "memory_bytes")
+# Entries of the log that say how, and how fast, it went; all others are the same in every run.
+SPEED = ("steps_per_second", "tokens_per_second", "waiting_share", "memory_bytes", "workers")
 
 
 def memory_bytes(device: torch.device) -> int:
