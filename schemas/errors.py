@@ -4,6 +4,28 @@ Every message is complete in itself (what, where, expected, got, what to do next
 exception to the driver as text and strips its type.
 """
 
+import reprlib
+from typing import Any
+
+# Characters of a value in a message: enough to find it by, and the message stays a line or two.
+LONGEST = 80
+
+
+class _Brief(reprlib.Repr):
+    """Looks at the beginnings of values only, however long or deep they are."""
+
+    def repr_bytes(self, value: bytes, _: int) -> str:
+        return f"<{len(value)} bytes>"
+
+
+def shown(value: Any) -> str:
+    """A value of the user's as it stands in a message: cut to 80 characters, and whatever it is, printable.
+
+    Text stands for itself, anything else as Python would write it.
+    """
+    text = value if isinstance(value, str) and value[: LONGEST + 1].isprintable() else _Brief().repr(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+
 
 class DecantError(ValueError):
     """Anything that the user can put right; the command line prints it without a traceback."""
@@ -43,6 +65,10 @@ class BackendUnavailable(DecantError):
 
 class TrainingDiverged(DecantError):
     """A loss or gradient is not a number any more; names the step and the samples."""
+
+
+class TeacherLost(DecantError):
+    """A process of a teacher that is split over several ended before its time; says how."""
 
 
 class MemoryExhausted(DecantError):

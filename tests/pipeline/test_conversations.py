@@ -2,15 +2,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.demo import teacher_model
-from pipeline.data.collate import pad_tokens, predicting_positions
 from pipeline.data.conversations import Conversation, Turn, parse, part_conversations, read_conversations
-from pipeline.data.encoding import Encoder, read_image
+from pipeline.data.images import read_images
 from pipeline.data.records import parts
 from pipeline.store import Store
 from schemas.errors import SampleInvalid
@@ -20,6 +17,7 @@ GOOD = {
     "image": "a.png",
     "conversations": [{"from": "human", "value": "<image>\nwhat ?"}, {"from": "gpt", "value": "red"}],
 }
+CHAT = [{"from": "human", "value": "what ?"}, {"from": "gpt", "value": "red"}]
 
 
 def changed(**fields: Any) -> dict[str, Any]:
@@ -36,13 +34,13 @@ def changed(**fields: Any) -> dict[str, Any]:
             changed(conversations=[GOOD["conversations"][0], {"from": "gpt", "value": "  "}]),
             ["(id a)", "the conversation has no answer"],
         ),
-        (changed(conversations=[GOOD["conversations"][0]] * 2), ["conversations.1.from", "alternate"]),
+        (changed(conversations=[GOOD["conversations"][0]] * 2), ["conversations.1:", "alternate"]),
         (changed(conversations=[{"from": "robot", "value": "x"}]), ["conversations.0", "human|gpt"]),
-        (changed(image=None), ["1 <image> placeholders for no image"]),
+        (changed(image=None), ["1 <image> placeholders for 0 images"]),
         (changed(image=7), ["image", "expected a path", "7"]),
         (
             changed(conversations=[{"from": "human", "value": "hi"}, GOOD["conversations"][1]]),
-            ["0 <image>", "one image"],
+            ["0 <image> placeholders for 1 images"],
         ),
     ],
 )
@@ -51,6 +49,85 @@ def test_unusable_record_is_named_by_file_record_and_field(record: Any, says: li
         parse(record, "data.json", 3)
     for part in ["data.json", *says]:
         assert part in str(caught.value)
+
+
+SAID = [Turn("system", "be brief"), Turn("user", "<image>\nwhat ?\n<image>"), Turn("assistant", "red")]
+SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
+LLAVA_TURNS = [{"from": SPEAKERS[turn.role], "value": turn.text} for turn in SAID]
+CHAT_TURNS = [{"role": turn.role, "content": turn.text} for turn in SAID]
+PARTS = [{"type": "image"}, {"type": "text", "text": "what ?"}, {"type": "image", "text": None}]
+PART_TURNS = [CHAT_TURNS[0], {"role": "user", "content": PARTS}, CHAT_TURNS[2]]
+UNSAID = {"from": "gpt", "value": "hello"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"conversations": LLAVA_TURNS},
+        {"messages": LLAVA_TURNS, "conversations": None},
+        {"messages": CHAT_TURNS, "conversations": []},
+        {"conversations": PART_TURNS},
+        {"messages": json.dumps(PART_TURNS)},
+        {"conversations": [LLAVA_TURNS[0], UNSAID, *LLAVA_TURNS[1:]]},
+        {"conversations": [{**t, "role": None, "content": None} for t in LLAVA_TURNS]},
+    ],
+)
+@pytest.mark.parametrize(
+    "images",
+    [
+        {"image": ["a.png", b"b"]},
+        {"images": ["a.png", b"b"], "image": None},
+        {"images": [{"path": "a.png", "bytes": None}, {"bytes": b"b", "path": "/elsewhere/b.png"}]},
+    ],
+)
+def test_every_form_of_a_record_gives_the_same_conversation(fields: dict[str, Any], images: dict[str, Any]) -> None:
+    found = parse({"id": 5, "topic": "x", **fields, **images}, "data.json", 3)
+    assert found == Conversation("data.json", "5", ("a.png", b"b"), tuple(SAID), {"topic": "x"})
+
+
+def test_a_leading_answer_is_dropped() -> None:
+    found = parse({"conversations": [UNSAID, *CHAT]}, "data.json", 3)
+    assert found == Conversation("data.json", "3", (), (Turn("user", "what ?"), Turn("assistant", "red")), {})
+
+
+def test_records_without_answers_are_for_a_teacher_only() -> None:
+    question, empty = {"from": "human", "value": "why ?"}, {"from": "gpt", "value": None}
+    for turns, roles in [
+        ([question], ["user"]),
+        ([*CHAT, question], ["user", "assistant", "user"]),
+        ([question, {"from": "gpt", "value": " "}], ["user", "assistant"]),
+        ([question, empty, question], ["user", "assistant", "user"]),
+        (CHAT, ["user", "assistant"]),
+    ]:
+        assert [t.role for t in parse({"conversations": turns}, "d", 0, answered=False).turns] == roles
+        if turns is not CHAT:
+            with pytest.raises(SampleInvalid, match=r"no answer|expected \{from"):
+                parse({"conversations": turns}, "d", 0)
+    with pytest.raises(SampleInvalid, match="the conversation has no question"):
+        parse({"conversations": [UNSAID]}, "d", 0, answered=False)
+
+
+def test_messages_are_short_printable_and_without_the_secrets_of_urls(tmp_path: Path) -> None:
+    for record in [
+        changed(image=["x" * 1000, 7]),
+        changed(image={"bytes": None, "path": None}),
+        changed(id="\ud800" * 500),
+        changed(id="a\nb" * 500, conversations=None),
+        changed(conversations="[" * 5000),
+        changed(conversations=[{"from": "x" * 10**6, "value": {"a": ["b"] * 10**5}}]),
+    ]:
+        with pytest.raises(SampleInvalid) as caught:
+            parse(record, "data.json", 3)
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 400
+    for url in ("https://user:secret@host/a.json", "s3://secret:secret@bucket/a.json?sig=secret"):
+        with pytest.raises(SampleInvalid, match="credentials") as caught:
+            list(read_conversations(url))
+        assert "secret" not in str(caught.value)
+    Store("memory://data").write("a.jsonl?sig=secret", b"{}\n")
+    with pytest.raises(SampleInvalid, match=r"^memory://data/a\.jsonl: record 0") as caught:
+        list(read_conversations("memory://data/a.jsonl?sig=secret"))
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -84,72 +161,10 @@ def test_json_and_json_lines_hold_the_same_conversations(tmp_path: Path) -> None
 def test_missing_and_undecodable_images_are_named(tmp_path: Path) -> None:
     conversation = parse(GOOD, "data.json", 0)
     with pytest.raises(SampleInvalid, match=r"data\.json: record a: image: .*a\.png: No such file"):
-        read_image(conversation, Store(str(tmp_path)))
+        read_images(conversation, Store(str(tmp_path)), truncated="refuse")
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
     with pytest.raises(SampleInvalid, match=r"record a: image: .*a\.png: cannot be decoded"):
-        read_image(conversation, Store(str(tmp_path)))
-
-
-@pytest.fixture(scope="module")
-def encoder() -> Encoder:
-    return Encoder(teacher_model.build_processor(), 200)
-
-
-def conversation(*texts: str, image: bool = False) -> Conversation:
-    turns = tuple(Turn("assistant" if i % 2 else "user", t) for i, t in enumerate(texts))
-    return Conversation("f", "r", "x.png" if image else None, turns, {})
-
-
-def supervised(encoder: Encoder, *texts: str, image: bytes | None = None) -> list[str]:
-    sample = encoder.encode(conversation(*texts, image=image is not None), image)
-    return [encoder.tokenizer.decode(sample.input_ids[s:e]) for s, e in sample.spans]
-
-
-def test_answers_and_their_end_tokens_are_supervised_in_every_turn(encoder: Encoder) -> None:
-    assert supervised(encoder, "what ?", "red", "how many ?", "3 4") == ["red <|endoftext|>", "3 4 <|endoftext|>"]
-
-
-def test_an_answer_that_contains_the_separator_is_supervised_whole(encoder: Encoder) -> None:
-    assert supervised(encoder, "what ?", "red ASSISTANT: blue") == ["red assistant : blue <|endoftext|>"]
-
-
-def test_image_positions_move_the_spans(encoder: Encoder, scenes_folder: Path) -> None:
-    image = (scenes_folder / "images/train/000000.png").read_bytes()
-    sample = encoder.encode(conversation("<image>\nwhat ?", "red", image=True), image)
-    assert (sample.input_ids == encoder.image_token_id).sum() == teacher_model.IMAGE_TOKENS
-    assert supervised(encoder, "<image>\nwhat ?", "red", image=image) == ["red <|endoftext|>"]
-    prompt = encoder.prompt_ids(conversation("<image>\nwhat ?", "red", image=True), image)
-    assert np.array_equal(prompt, sample.input_ids[: sample.spans[0, 0]])
-
-
-def test_sample_id_changes_with_text_and_image_only(encoder: Encoder, scenes_folder: Path) -> None:
-    first, second = ((scenes_folder / f"images/train/00000{i}.png").read_bytes() for i in (0, 1))
-    ask = conversation("<image>\nwhat ?", "red", image=True)
-    one = encoder.encode(ask, first).sample_id
-    renamed = Conversation("other", "other", "y.png", ask.turns, {"family": "z"})
-    assert encoder.encode(renamed, first).sample_id == one
-    assert encoder.encode(ask, second).sample_id != one
-    assert encoder.encode(conversation("<image>\nwhat ?", "blue", image=True), first).sample_id != one
-
-
-def test_truncation_keeps_what_fits_and_refuses_what_leaves_no_answer(scenes_folder: Path) -> None:
-    processor = teacher_model.build_processor()
-    image = (scenes_folder / "images/train/000000.png").read_bytes()
-    whole = Encoder(processor, 200).encode(conversation("what ?", "1 2 3 4"), None)
-    cut = Encoder(processor, len(whole.input_ids) - 2).encode(conversation("what ?", "1 2 3 4"), None)
-    assert cut.truncated
-    assert cut.response_tokens == whole.response_tokens - 2
-    with pytest.raises(SampleInvalid, match="no answer token within max_length 5"):
-        Encoder(processor, 5).encode(conversation("what ?", "1 2 3 4"), None)
-    with pytest.raises(SampleInvalid, match="positions do not fit into max_length 20"):
-        Encoder(processor, 20).encode(conversation("<image>\nwhat ?", "1", image=True), image)
-
-
-def test_predicting_positions_stand_one_before_the_supervised_tokens() -> None:
-    assert predicting_positions(np.array([[3, 5], [8, 9]])).tolist() == [2, 3, 7]
-    ids, mask = pad_tokens([np.array([7, 8]), np.array([9])], 0, left=True)
-    assert ids.tolist() == [[7, 8], [0, 9]]
-    assert mask.tolist() == [[1, 1], [0, 1]]
+        read_images(conversation, Store(str(tmp_path)), truncated="refuse")
 
 
 def test_parquet_with_image_bytes_holds_the_same_conversations(tmp_path: Path) -> None:
@@ -164,9 +179,9 @@ def test_parquet_with_image_bytes_holds_the_same_conversations(tmp_path: Path) -
     for name in ("a", "b"):
         found = list(read_conversations(str(tmp_path / f"{name}.parquet")))
         assert [c.turns for c in found] == listed
-        assert {c.image for c in found} == {b"\x89PNG"}
+        assert {c.images for c in found} == {(b"\x89PNG",)}
         with pytest.raises(SampleInvalid, match="record 0: image: cannot be decoded"):
-            read_image(found[0], Store(str(tmp_path)))
+            read_images(found[0], Store(str(tmp_path)), truncated="refuse")
     (tmp_path / "c.parquet").write_text("no parquet")
     with pytest.raises(SampleInvalid, match="cannot be read as Parquet"):
         list(read_conversations(str(tmp_path / "c.parquet")))
@@ -181,6 +196,3 @@ def test_bad_records_among_good_ones_come_as_errors(tmp_path: Path) -> None:
     assert [type(item).__name__ for item in found] == ["Conversation", "SampleInvalid", "SampleInvalid", "Conversation"]
     assert "a.jsonl: record 1: cannot be read as JSON" in str(found[1])
     assert "expected a path" in str(found[2])
-
-
-CHAT = [{"from": "human", "value": "what ?"}, {"from": "gpt", "value": "red"}]

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data import records
+from pipeline.data import texts
 from pipeline.data.records import parts, read_part
 from schemas.errors import SampleInvalid, StoreUnavailable
 
@@ -41,7 +41,7 @@ def written(folder: Path, kind: str, rows: list[Any], **style: Any) -> str:
 def test_parts_hold_every_record_once(
     tmp_path: Path, kind: str, size: int, chunk: int, style: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records, "CHUNK", chunk)
+    monkeypatch.setattr(texts, "CHUNK", chunk)
     path = written(tmp_path, kind, AWKWARD, **({} if kind == "jsonl" else style))
     found = parts(path, size)
     assert [p.first for p in found] == list(range(0, len(AWKWARD), size))
