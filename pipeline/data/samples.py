@@ -6,15 +6,17 @@ stands in the shard's footer, so that a shard and the account of it are one comm
 
 import io
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.conversations import part_conversations
-from pipeline.data.encoding import EncodedSample, Encoder, read_image
+from pipeline.data.conversations import Conversation, part_conversations
+from pipeline.data.encoding import EncodedSample, Encoder
+from pipeline.data.images import read_images
 from pipeline.data.records import Part
 from pipeline.shards import fold_manifest, notes_of, read_shard, write_shard
 from pipeline.store import Store
@@ -23,35 +25,81 @@ from schemas.config import PrepareConfig
 from schemas.errors import SampleInvalid
 from schemas.tables import REJECTS, REJECTS_FILE, SAMPLES
 
+# What `max_length` cut: samples, tokens, supervised tokens.
+CUT = ("truncated", "cut_tokens", "cut_response_tokens")
 # A record that cannot be used: its number in the file, from 0, and why.
 Reject = tuple[int, str]
+# Gives conversations, with their image files, answers, or says why it cannot; the number tells shards apart.
+Answers = Callable[[Sequence[tuple[Conversation, tuple[bytes, ...]]], int], list[Conversation | SampleInvalid]]
+T = TypeVar("T")
 
 
 def prepare_shard(
-    store: Store, ref: ArtifactRef, config: PrepareConfig, encoder: Encoder, part: Part, index: int, fingerprint: str
+    store: Store,
+    ref: ArtifactRef,
+    config: PrepareConfig,
+    encoder: Encoder,
+    part: Part,
+    index: int,
+    fingerprint: str,
+    answer: Answers | None = None,
 ) -> int:
     """Encodes a part of the data file and commits it as shard ``index``; returns its number of records.
+
+    ``answer`` gives all the part's conversations the teacher's answers, where that is wanted.
 
     Raises:
         SampleInvalid: the file cannot be read; or a record cannot be used, and those are not to be skipped.
     """
     images = Store(config.images)
+    found: dict[int, tuple[Conversation, tuple[bytes, ...]]] = {}
     rows: list[EncodedSample] = []
-    rejects: list[Reject] = []
-    for number, item in enumerate(part_conversations(config.data, part), part.first):
+    rejects: dict[int, str] = {}
+
+    def tried(number: int, work: Callable[[], T]) -> T | None:
+        """What the work makes of a record, None where that is rejected."""
         try:
-            if isinstance(item, SampleInvalid):
-                raise item
-            rows.append(encoder.encode(item, read_image(item, images)))
+            return work()
         except SampleInvalid as error:
             if config.on_bad_sample == "fail":
                 raise
             # without the folders, which are the run's and not the record's
-            reason = str(error).removeprefix(f"{config.data}: ").replace(f"{images.root}/", "")
-            rejects.append((number, reason))
-    notes = {"rejects": json.dumps(rejects), "truncated": str(sum(r.truncated for r in rows))}
+            rejects[number] = str(error).removeprefix(f"{config.data}: ").replace(f"{images.root}/", "")
+            return None
+
+    for number, item in enumerate(part_conversations(config.data, part, answered=answer is None), part.first):
+        if (taken := tried(number, partial(_read, item, images, config))) is not None:
+            found[number] = taken
+    asked = list(found.values())
+    answered = [c for c, _ in asked] if answer is None else answer(asked, index)
+    for (number, (_, files)), item in zip(found.items(), answered, strict=True):
+        row = tried(number, partial(_encoded, encoder, item, files))
+        rows += [] if row is None else [row]
+    notes = {
+        "rejects": json.dumps(sorted(rejects.items())),
+        "truncated": str(sum(r.cut > 0 for r in rows)),
+        "cut_tokens": str(sum(r.cut for r in rows)),
+        "cut_response_tokens": str(sum(r.cut_response for r in rows)),
+    }
     write_shard(store, ref, SAMPLES, index, sample_columns(rows), fingerprint, notes)
     return part.count
+
+
+def _read(
+    item: Conversation | SampleInvalid, images: Store, config: PrepareConfig
+) -> tuple[Conversation, tuple[bytes, ...]]:
+    conversation = _usable(item)
+    return conversation, read_images(conversation, images, truncated=config.truncated_images)
+
+
+def _encoded(encoder: Encoder, item: Conversation | SampleInvalid, images: tuple[bytes, ...]) -> EncodedSample:
+    return encoder.encode(_usable(item), images)
+
+
+def _usable(item: Conversation | SampleInvalid) -> Conversation:
+    if isinstance(item, SampleInvalid):
+        raise item
+    return item
 
 
 def finish(store: Store, ref: ArtifactRef, config: PrepareConfig, count: int, fingerprint: str) -> dict[str, Any]:
@@ -61,7 +109,7 @@ def finish(store: Store, ref: ArtifactRef, config: PrepareConfig, count: int, fi
         SampleInvalid: no record could be used.
     """
     manifest = fold_manifest(store, ref, SAMPLES, count, fingerprint)
-    counts = {"samples": manifest.rows, "tokens": 0, "response_tokens": 0, "truncated": 0}
+    counts = {"samples": manifest.rows, "tokens": 0, "response_tokens": 0, **dict.fromkeys(CUT, 0)}
     seen: set[str] = set()
     rejects: list[Reject] = []
     for info in manifest.shards:
@@ -69,7 +117,8 @@ def finish(store: Store, ref: ArtifactRef, config: PrepareConfig, count: int, fi
         notes = notes_of(data.schema.metadata)
         counts["tokens"] += sum(data["tokens"].to_pylist())
         counts["response_tokens"] += sum(data["response_tokens"].to_pylist())
-        counts["truncated"] += int(notes["truncated"])
+        for name in CUT:
+            counts[name] += int(notes[name])
         seen.update(data["sample_id"].to_pylist())
         rejects += [(number, reason) for number, reason in json.loads(notes["rejects"])]
     if not manifest.rows:
@@ -100,8 +149,15 @@ def sample_columns(rows: Sequence[EncodedSample]) -> dict[str, list[object]]:
         "spans": [r.spans.astype("<i4").tobytes() for r in rows],
         "tokens": [len(r.input_ids) for r in rows],
         "response_tokens": [r.response_tokens for r in rows],
-        "image": [r.image for r in rows],
+        "images": [b"".join(r.images) for r in rows],
+        "image_bytes": [np.array([len(i) for i in r.images], "<i8").tobytes() for r in rows],
     }
+
+
+def images_of(row: Mapping[str, Any]) -> tuple[bytes, ...]:
+    """The image files of a row of ``samples``."""
+    stops = np.cumsum(np.frombuffer(row["image_bytes"], "<i8")).tolist()
+    return tuple(bytes(row["images"][start:stop]) for start, stop in zip([0, *stops], stops, strict=False))
 
 
 def decode_samples(data: pa.Table) -> list[EncodedSample]:
@@ -112,8 +168,7 @@ def decode_samples(data: pa.Table) -> list[EncodedSample]:
             row["record"],
             np.frombuffer(row["input_ids"], "<i4"),
             np.frombuffer(row["spans"], "<i4").reshape(-1, 2),
-            row.get("image"),
-            truncated=False,
+            images_of(row) if "images" in row else (),
         )
         for row in data.to_pylist()
     ]
