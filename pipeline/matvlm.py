@@ -9,23 +9,16 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from pipeline.folders import folder_digests
-from pipeline.models import decoder, head, load_model
+from pipeline.models import HEAD_BIAS, add_head_bias, decoder, head, load_model
 from pipeline.ops.backends import resolve
-from pipeline.student import add_head_bias, load_exactly, mark
+from pipeline.student import load_exactly, mark
 from pipeline.surgery import mixers, replace_layers
+from pipeline.tinyllava.layout import original_name
 from schemas.errors import ConfigInvalid
 from schemas.layers import LayerPlan
 from schemas.sections import Backend
 
 CONFIG_FILE = "mamba_config.json"
-# TinyLLaVA's prefixes and transformers' for the same modules; transformers 5 releases differ in the vision tower's.
-PREFIXES = (
-    ("language_model.model.", ("model.language_model.",)),
-    ("language_model.lm_head.", ("lm_head.",)),
-    ("vision_tower._vision_tower.vision_model.", ("model.vision_tower.", "model.vision_tower.vision_model.")),
-    ("connector._connector.0.", ("model.multi_modal_projector.linear_1.",)),
-    ("connector._connector.2.", ("model.multi_modal_projector.linear_2.",)),
-)
 
 
 def load_matvlm(
@@ -58,22 +51,12 @@ def load_matvlm(
     replace_layers(model, LayerPlan(total, replaced), bias=settings.get("is_bias", False), ops=ops)
     _check_sizes(model, settings, str(checkpoint))
     weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    biased = "language_model.lm_head.bias" in weights and head(model).bias is None
-    if biased:
+    if original_name(HEAD_BIAS) in weights and head(model).bias is None:
         add_head_bias(model)
-    mark(model, ops.backend, digests, head_bias=biased)
-    places = model.state_dict().keys()
-    load_exactly(model, {native_name(n, places): t for n, t in weights.items()}, str(checkpoint))
+    mark(model, ops.backend, digests)
+    names = {original_name(place): place for place in model.state_dict()}
+    load_exactly(model, {names.get(n.replace(".mamba.", ".self_attn."), n): t for n, t in weights.items()}, str(folder))
     return model.requires_grad_(False)
-
-
-def native_name(name: str, places: Any) -> str:
-    """A TinyLLaVA tensor's name in transformers' model, among ``places``; the name itself where it has none there."""
-    for prefix, candidates in PREFIXES:
-        if name.startswith(prefix):
-            rest = name.removeprefix(prefix).replace(".mamba.", ".self_attn.")
-            return next((c + rest for c in candidates if c + rest in places), name)
-    return name
 
 
 def _settings(folder: Path) -> dict[str, Any]:
