@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from schemas.sections import Divergence, Dtype, Section, StageSection
+from schemas.sections import ARTIFACT, Divergence, Dtype, Section, StageSection
 
 
 class LossWeights(Section):
@@ -104,8 +104,18 @@ class ValidationConfig(Section):
     every: int = Field(200, ge=1)
 
 
+class OtherTeacher(Section):
+    """A finished cache of the same samples by another teacher of the same tokenizer, and how much its targets weigh."""
+
+    cache: str = Field(pattern=ARTIFACT)
+    weight: float = Field(1.0, gt=0)
+
+
 class DistillConfig(StageSection):
     """How the student is trained. Betas, decay and clipping default to MaTVLM's.
+
+    The divergence is the mean of those from the run's own cache, which weighs ``own_weight``, and from the caches of
+    other ``teachers``; taps, features and gold tokens are the run's own alone.
 
     ``reduction``: ``token_mean`` divides by positions; ``reference`` sums over a sample's positions and divides by
     samples, as MaTVLM does. ``result`` says which weights the stage leaves: the last, or those of the lowest held-out
@@ -114,6 +124,8 @@ class DistillConfig(StageSection):
 
     phases: tuple[Annotated[AnyPhase, Field(discriminator="kind")], ...] = Field(min_length=1)
     divergence: Divergence = "forward_kl"
+    teachers: tuple[OtherTeacher, ...] = ()
+    own_weight: float = Field(1.0, gt=0)
     layer_loss: Literal["mse", "frobenius"] = "mse"
     reduction: Literal["token_mean", "reference"] = "token_mean"
     betas: tuple[float, float] = (0.9, 0.95)
@@ -130,4 +142,16 @@ class DistillConfig(StageSection):
     def _has_best(self) -> "DistillConfig":
         if self.result == "best" and (not self.validation.fraction or self.phases[-1].kind != "distill"):
             raise ValueError("result `best` needs validation.fraction above 0 and a `distill` phase at the end")
+        return self
+
+    @model_validator(mode="after")
+    def _mixes(self) -> "DistillConfig":
+        names = [teacher.cache for teacher in self.teachers]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"teachers names {', '.join(twice)} more than once; give each cache once, with its weight")
+        if self.teachers and self.divergence != "forward_kl":
+            raise ValueError(
+                f"teachers: other teachers' caches hold draws or kept tokens, which cannot give divergence "
+                f"`{self.divergence}`; use `forward_kl`, or the run's own cache alone"
+            )
         return self

@@ -42,8 +42,8 @@ class Batch:
     ``items`` are the samples' places in the cache, ``last`` says that it ends the worker's step. ``inputs`` are the
     model's keywords (empty where no model runs): rows are padded on the right, which no causal model sees, so there is
     no mask. ``positions`` [P, 2] are (row, position) pairs with their ``gold`` tokens [P], whether those are
-    ``supervised`` [P], and ``targets``. ``tokens`` and ``padding`` count the micro-batch's own. ``held_out`` ones are
-    looked at and not trained on.
+    ``supervised`` [P], and ``targets``; ``others`` are other teachers' targets at the same positions. ``tokens`` and
+    ``padding`` count the micro-batch's own. ``held_out`` ones are looked at and not trained on.
     """
 
     items: np.ndarray
@@ -54,6 +54,7 @@ class Batch:
     gold: Tensor | None = None
     supervised: Tensor | None = None
     targets: Targets | None = None
+    others: tuple[Targets, ...] = ()
     taps: TapBatch | None = None
     tokens: int = 0
     padding: int = 0
@@ -75,6 +76,7 @@ class Batch:
             gold=gold,
             supervised=supervised,
             targets=self.targets and self.targets.map(change),
+            others=tuple(t.map(change) for t in self.others),
             taps=taps,
         )
 

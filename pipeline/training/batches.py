@@ -4,10 +4,9 @@ Threads read, decode and copy to the device; what they hold is bounded by the mi
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,31 +14,31 @@ from torch import Tensor
 
 from pipeline.activations import Activation, decode_activation, pad
 from pipeline.data.collate import (
+    image_features,
+    model_inputs,
     next_tokens,
-    pad_id_of,
     pad_tokens,
-    pixel_values,
     predicting_positions,
     target_positions,
 )
-from pipeline.data.encoding import image_token_of
+from pipeline.data.processors import Processor
+from pipeline.data.samples import images_of
+from pipeline.shards import Row
 from pipeline.store import Store
 from pipeline.targets import decode
 from pipeline.training.batch import Batch, Copier, Sent, TapBatch, Totals
 from pipeline.training.index import CacheIndex, Use
 from pipeline.training.order import micro_batches
+from pipeline.training.sources import Source
 from pipeline.training.window import Part, ShardWindow
 from pipeline.vision import vision_inputs
 from schemas.artifacts import ArtifactRef
-from schemas.config import CacheConfig
 from schemas.errors import ShardCorrupt
 from schemas.recipe import AnyPhase
-from schemas.tables import targets_table
 
 # Shards are asked for so many steps before the step that needs them.
 STEPS_AHEAD = 8
 SAMPLES_PART: Part = ("samples", ())
-TARGETS_PART: Part = ("targets", ())
 
 
 class CachedBatches:
@@ -49,26 +48,26 @@ class CachedBatches:
         self,
         store: Store,
         samples: ArtifactRef,
-        targets: ArtifactRef,
-        cache: CacheConfig,
-        tapped: tuple[int, ...],
+        sources: Sequence[Source],
         layers: tuple[int, ...],
-        processor: Any,
+        processor: Processor,
+        vocabulary: int,
         *,
         micro_batch: int = 8,
         padding: float = 0.05,
         readers: int = 2,
         held_out: float = 0.0,
     ) -> None:
-        """``tapped`` are the layers that the cache holds, ``layers`` those that this student needs."""
-        self.store, self.refs, self.cache, self.layers = store, (samples, targets), cache, layers
+        """``layers`` are those whose taps this student needs, ``vocabulary`` is the size of its own."""
+        self.store, self.sources, self.layers = store, sources, layers
+        self.cache = sources[0].cache
         self.micro_batch, self.padding, self.readers = micro_batch, padding, readers
-        self.table = targets_table(cache, tapped)
-        self.index = CacheIndex(store, samples, targets, cache, self.table, held_out)
+        self.index = CacheIndex(store, samples, sources, held_out)
         self.processor = processor
-        self.pad_id = pad_id_of(getattr(processor, "tokenizer", processor))
-        self.image_token_id = image_token_of(processor)
-        self.window = ShardWindow(store, samples, targets, cache, self.table, self.index)
+        self.pad_id, self.image_token_id = processor.pad_id, processor.image_token_id
+        # of one image, all of which have as many where features are cached
+        self.patches = processor.positions([(1, 1)])[0] if self.cache.vision != "none" else 0
+        self.window = ShardWindow(store, samples, sources, self.index, vocabulary)
 
     def stream(
         self,
@@ -187,47 +186,60 @@ class CachedBatches:
         """Adds what the model takes, and what it is to say."""
         items = batch.items
         samples = [self.window.rows(SAMPLES_PART, int(s))[r] for s, r in items]
-        targets = [self.window.rows(TARGETS_PART, int(s))[r] for s, r in items]
-        for sample, target in zip(samples, targets, strict=True):
-            if sample["sample_id"] != target["sample_id"]:
-                raise ShardCorrupt(f"{self.refs[1]}: row of {target['sample_id']} stands beside {sample['sample_id']}")
+        targets = [self._targets(number, items, samples) for number in range(len(self.sources))]
         tokens = [np.frombuffer(s["input_ids"], "<i4") for s in samples]
         spans = [np.frombuffer(s["spans"], "<i4").reshape(-1, 2) for s in samples]
         places = [
             target_positions(self.cache.positions, s, t, self.image_token_id)
             for s, t in zip(spans, tokens, strict=True)
         ]
-        inputs = {"input_ids": pad_tokens(tokens, self.pad_id)[0]}
+        ids, _ = pad_tokens(tokens, self.pad_id)
         if self.cache.vision == "none":
-            pixels = pixel_values(self.processor, [s["image"] for s in samples])
+            features = [image_features(self.processor, images_of(s)) for s in samples]
+            inputs = model_inputs(ids, features, self.image_token_id)
         else:
-            pixels = vision_inputs(targets)
-        if pixels is not None:
-            inputs["pixel_values"] = pixels
+            inputs = {"input_ids": ids} | vision_inputs(targets[0], self.patches)
         rows = np.repeat(np.arange(len(places)), [len(p) for p in places])
         gold = [next_tokens(t)[p] for t, p in zip(tokens, places, strict=True)]
         answers = [np.isin(p, predicting_positions(s)) for s, p in zip(spans, places, strict=True)]
         real = sum(len(t) for t in tokens)
+        own, *others = (decode(s.cache.targets, rows) for s, rows in zip(self.sources, targets, strict=True))
         return replace(
             batch,
             inputs=inputs,
             positions=torch.from_numpy(np.stack([rows, np.concatenate(places)], 1)),
             gold=torch.from_numpy(np.concatenate(gold)),
             supervised=torch.from_numpy(np.concatenate(answers)),
-            targets=decode(self.cache.targets, targets),
+            targets=own,
+            others=tuple(others),
             tokens=real,
             padding=inputs["input_ids"].numel() - real,
         )
 
+    def _targets(self, number: int, items: np.ndarray, samples: list[Row]) -> list[Row]:
+        """One source's rows of these items, which are those samples."""
+        rows = [self.window.rows(targets_part(number), int(s))[r] for s, r in items]
+        for sample, row in zip(samples, rows, strict=True):
+            if sample["sample_id"] != row["sample_id"]:
+                where = self.sources[number].ref
+                raise ShardCorrupt(f"{where}: row of {row['sample_id']} stands beside {sample['sample_id']}")
+        return rows
+
     def _prepare(self, phase: AnyPhase, seed: int, step: int, layers: tuple[int, ...] | None) -> None:
         """Has the shards of a later step read; an error is met again, and raised, where they are used."""
         items = self.index.step_items(use_of(phase), phase.batch, seed, step)
-        wanted = [SAMPLES_PART, TARGETS_PART] if phase.kind == "distill" else []
+        targets = [targets_part(number) for number in range(len(self.sources))]
+        wanted = [SAMPLES_PART, *targets] if phase.kind == "distill" else []
         layers = self.layers if layers is None else layers
         for shard in dict.fromkeys(int(s) for s in items[:, 0]):
             taps: list[Part] = [("taps", layers)] if layers and self.index.tapped[shard].any() else []
             for part in [*wanted, *taps]:
                 self.window.rows(part, shard)
+
+
+def targets_part(number: int) -> Part:
+    """The targets of a source, by its number."""
+    return ("targets", (number,))
 
 
 def use_of(phase: AnyPhase) -> Use:

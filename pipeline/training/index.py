@@ -1,5 +1,6 @@
 """What every cached row is, from a few small columns: what training may use it for, and how long it is."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -9,11 +10,10 @@ from pipeline.shards import read_manifest, read_shard
 from pipeline.store import Store
 from pipeline.taps import is_tapped, place_of
 from pipeline.training.order import batch_items
+from pipeline.training.sources import Source
 from schemas.artifacts import ArtifactRef
-from schemas.config import CacheConfig
 from schemas.errors import ConfigInvalid, ShardCorrupt
-from schemas.manifest import ShardInfo
-from schemas.tables import SAMPLES, Table
+from schemas.tables import SAMPLES
 
 # Shards' small columns are read so many at once: on object storage each read is mostly waiting.
 READS = 16
@@ -29,31 +29,26 @@ def is_held_out(sample_id: str, fraction: float) -> bool:
 class CacheIndex:
     """By shard: token counts, positions with a target, supervised tokens, and which rows each use goes over."""
 
-    def __init__(
-        self,
-        store: Store,
-        samples: ArtifactRef,
-        targets: ArtifactRef,
-        cache: CacheConfig,
-        table: Table,
-        held_out: float = 0.0,
-    ) -> None:
-        self.samples, self.targets = read_manifest(store, samples), read_manifest(store, targets)
-        if self.samples.shard_rows != self.targets.shard_rows:
-            raise ShardCorrupt(f"{targets}: its shards do not have the rows of {samples}'s")
+    def __init__(self, store: Store, samples: ArtifactRef, sources: Sequence[Source], held_out: float = 0.0) -> None:
+        self.samples = read_manifest(store, samples)
+        self.targets = [read_manifest(store, source.ref) for source in sources]
+        for source, manifest in zip(sources, self.targets, strict=True):
+            if self.samples.shard_rows != manifest.shard_rows:
+                raise ShardCorrupt(f"{source.ref}: its shards do not have the rows of {samples}'s")
 
-        def read(infos: tuple[ShardInfo, ShardInfo]) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
-            data = read_shard(store, samples, SAMPLES, infos[0], ["sample_id", "tokens", "response_tokens"])
-            positions = read_shard(store, targets, table, infos[1], ["positions"])["positions"].to_numpy()
+        def read(shard: int) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+            names = ["sample_id", "tokens", "response_tokens"]
+            data = read_shard(store, samples, SAMPLES, self.samples.shards[shard], names)
             return (
                 data["sample_id"].to_pylist(),
                 data["tokens"].to_numpy(),
-                positions,
+                self._positions(store, sources, shard),
                 data["response_tokens"].to_numpy(),
             )
 
         with ThreadPoolExecutor(READS) as pool:
-            found = list(pool.map(read, zip(self.samples.shards, self.targets.shards, strict=True)))
+            found = list(pool.map(read, range(len(self.samples.shards))))
+        cache = sources[0].cache
         self.ids, self.tokens, self.positions, self.supervised = (list(column) for column in zip(*found, strict=True))
         self.tapped = [np.array([is_tapped(i, cache.taps.fraction, cache.seed) for i in ids], bool) for ids in self.ids]
         held = [np.array([is_held_out(i, held_out) for i in ids], bool) for ids in self.ids]
@@ -62,6 +57,18 @@ class CacheIndex:
             "tapped": [np.flatnonzero(t & ~h) for t, h in zip(self.tapped, held, strict=True)],
             "held_out": [np.flatnonzero(h) for h in held],
         }
+
+    def _positions(self, store: Store, sources: Sequence[Source], shard: int) -> np.ndarray:
+        """How many positions with a target each row has, the same in every source."""
+        own, *others = (
+            read_shard(store, source.ref, source.table, manifest.shards[shard], ["positions"])["positions"]
+            for source, manifest in zip(sources, self.targets, strict=True)
+        )
+        for source, positions in zip(sources[1:], others, strict=True):
+            if positions != own:
+                where = store.path(f"{source.ref}/{self.samples.shards[shard].name}")
+                raise ShardCorrupt(f"{where}: its rows do not have as many positions as {sources[0].ref}'s")
+        return np.asarray(own)
 
     def count(self, use: Use) -> int:
         """How many rows there are for a use.

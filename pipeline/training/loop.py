@@ -26,7 +26,7 @@ from pipeline.training.diverged import diverged
 from pipeline.training.engine import Engine, OptimizerRecipe, Worker, make_engine
 from pipeline.training.execution import checkpoint_layers, compile_layers, mix_precision
 from pipeline.training.mixing import MatrixObjective, require_matrix
-from pipeline.training.objective import DistillObjective, LayerObjective
+from pipeline.training.objective import DistillObjective, LayerObjective, kl_names
 from pipeline.training.recompute import TeacherLayers
 from pipeline.training.schedule import learning_rate
 from pipeline.training.watch import Window
@@ -54,7 +54,6 @@ class Training:
         batches: CachedBatches,
         recipe: DistillConfig,
         placement: DistillPlacement,
-        temperature: float,
         student: StudentConfig,
         worker: Worker,
         saving: Saving,
@@ -67,7 +66,7 @@ class Training:
         whose mixers come from an earlier student.
         """
         self.model, self.batches, self.recipe, self.placement = model, batches, recipe, placement
-        self.teacher, self.temperature, self.worker, self.saving = teacher, temperature, worker, saving
+        self.teacher, self.worker, self.saving = teacher, worker, saving
         self.schedules = [self._schedule(number) for number in range(len(recipe.phases))]
         self.parameters = dict(model.named_parameters())
         self.trainable = trainable_names(model, student.train)
@@ -219,7 +218,8 @@ class Training:
         for name in self.trainable:
             self.parameters[name].requires_grad_(True)
         self.model.to(self.worker.device)
-        return DistillObjective(self.model, layer, phase.weights, self.temperature, self.recipe)
+        teachers = [(source.share, source.cache.targets.temperature) for source in self.batches.sources]
+        return DistillObjective(self.model, layer, phase.weights, teachers, self.recipe)
 
     def _validates(self, done: int, *, last: bool) -> bool:
         validation = self.recipe.validation
@@ -249,7 +249,8 @@ class Training:
         names = ["loss", *layers]
         if phase.kind == "distill":
             weights = phase.weights
-            names = ["loss", *(["kl"] if weights.kl else []), *(["ce"] if weights.ce else [])]
+            kl = ["kl", *kl_names(len(self.batches.sources))] if weights.kl else []
+            names = ["loss", *kl, *(["ce"] if weights.ce else [])]
             names += layers if weights.layer else []
         number, step = self.state.phase, self.state.step
         schedule = self.schedules[number]

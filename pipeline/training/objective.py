@@ -3,6 +3,8 @@
 Losses are sums over the micro-batch, divided by counts over the whole step: micro-batches and workers add up.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -10,7 +12,7 @@ from transformers import PreTrainedModel
 from pipeline.divergences import Term, gold_term, target_term
 from pipeline.losses import head_loss, layer_loss, top1_agreement
 from pipeline.mixer import Mamba2Mixer
-from pipeline.models import body, head
+from pipeline.models import body, head, logits_head
 from pipeline.training.batch import Batch, TapBatch
 from pipeline.training.recompute import TeacherLayers
 from schemas.recipe import DistillConfig, LossWeights
@@ -55,18 +57,24 @@ class LayerObjective(nn.Module):
 
 
 class DistillObjective(nn.Module):
-    """α KL + β layer loss + γ cross-entropy of the whole student."""
+    """α KL + β layer loss + γ cross-entropy of the whole student.
+
+    With several teachers' targets the divergence is the sum of each one's, by shares w that sum to 1. At one
+    temperature its gradient is that to the teachers' mixture, since Σ w KL(p ‖ q) and KL(Σ w p ‖ q) differ by what q
+    does not change: how far the teachers are from their mixture, below which the sum cannot fall.
+    """
 
     def __init__(
         self,
         model: PreTrainedModel,
         layer: LayerObjective,
         weights: LossWeights,
-        temperature: float,
+        teachers: Sequence[tuple[float, float]],
         recipe: DistillConfig,
     ) -> None:
+        """``teachers`` are the share and the temperature of each one's targets, those of the run's own cache first."""
         super().__init__()
-        self.model, self.layer, self.weights, self.temperature, self.recipe = model, layer, weights, temperature, recipe
+        self.model, self.layer, self.weights, self.teachers, self.recipe = model, layer, weights, teachers, recipe
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """The weighted loss; divergence and cross-entropy as means over the step's positions or samples.
@@ -77,16 +85,17 @@ class DistillObjective(nn.Module):
             found = self.held_out(batch)
             return found["kl"], found
         hidden_PD = self._hidden(batch)
-        terms: dict[str, tuple[float, Term]] = {}
-        if self.weights.kl:
-            terms["kl"] = (self.weights.kl / self._count(batch), self._divergence(batch))
+        divergences = self._divergences(batch) if self.weights.kl else []
+        terms = [(self.weights.kl / self._count(batch) * share, term) for share, term in divergences]
         if self.weights.ce:
             assert batch.gold is not None
-            terms["ce"] = (self.weights.ce, gold_term(batch.gold, self._gold_weights(batch)))
-        loss, values = head_loss(hidden_PD, head(self.model), list(terms.values()))
-        metrics: Metrics = dict(zip(terms, values, strict=True))
-        if "kl" in metrics:
-            metrics["kl"] = metrics["kl"] / self._count(batch)
+            terms.append((self.weights.ce, gold_term(batch.gold, self._gold_weights(batch))))
+        loss, values = head_loss(hidden_PD, logits_head(self.model), terms)
+        metrics: Metrics = {"ce": values[-1]} if self.weights.ce else {}
+        if divergences:
+            each = values[: len(divergences)] / self._count(batch)
+            metrics["kl"] = torch.stack([share * kl for (share, _), kl in zip(divergences, each, strict=True)]).sum()
+            metrics |= {name: each[number] for number, name in enumerate(kl_names(len(each)))}
         if self.weights.layer and batch.taps is not None:
             layer, found = self.layer(batch)
             loss = loss + self.weights.layer * layer
@@ -97,8 +106,8 @@ class DistillObjective(nn.Module):
     def held_out(self, batch: Batch) -> Metrics:
         """Sums over the micro-batch's positions: ``kl``, the divergence, and ``top1``, agreements with the teacher."""
         assert batch.targets is not None
-        hidden_PD, output = self._hidden(batch), head(self.model)
-        kl, _ = head_loss(hidden_PD, output, [(1.0, self._divergence(batch))])
+        hidden_PD, output = self._hidden(batch), logits_head(self.model)
+        kl, _ = head_loss(hidden_PD, output, self._divergences(batch))
         return {"kl": kl.double(), "top1": top1_agreement(hidden_PD, output, batch.targets).double()}
 
     def _hidden(self, batch: Batch) -> Tensor:
@@ -109,9 +118,14 @@ class DistillObjective(nn.Module):
         hidden_BLD = body(self.model)(**inputs, use_cache=False).last_hidden_state
         return hidden_BLD[batch.positions[:, 0], batch.positions[:, 1]]
 
-    def _divergence(self, batch: Batch) -> Term:
+    def _divergences(self, batch: Batch) -> list[tuple[float, Term]]:
+        """Each teacher's share and divergence."""
         assert batch.targets is not None
-        return target_term(head(self.model), batch.targets, self.temperature, self.recipe.divergence)
+        output, divergence = logits_head(self.model), self.recipe.divergence
+        return [
+            (share, target_term(output, targets, temperature, divergence))
+            for (share, temperature), targets in zip(self.teachers, (batch.targets, *batch.others), strict=True)
+        ]
 
     def _count(self, batch: Batch) -> int:
         return batch.totals.positions if self.recipe.reduction == "token_mean" else batch.totals.samples
@@ -126,3 +140,8 @@ class DistillObjective(nn.Module):
         row_P = batch.positions[:, 0]
         count_B = torch.bincount(row_P, supervised_P, minlength=len(batch.items)).clamp(min=1)
         return supervised_P / (count_B[row_P].float() * batch.totals.samples)
+
+
+def kl_names(teachers: int) -> list[str]:
+    """What each teacher's divergence is called in the metrics; that of a single one is ``kl`` itself."""
+    return [f"kl_{number}" for number in range(teachers)] if teachers > 1 else []
