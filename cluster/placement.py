@@ -1,13 +1,13 @@
 """Checks a placement against the cluster before any work, so that nothing waits for resources that will never come."""
 
 from schemas.errors import ConfigInvalid
-from schemas.placement import PreparePlacement, WorkerPlacement
+from schemas.placement import WorkerPlacement
 
 # How Ray names the resource of a kind of accelerator.
 ACCELERATOR = "accelerator_type:"
 
 
-def check_fits(stage: str, placement: WorkerPlacement | PreparePlacement, *, spare_cpus: float = 0.0) -> None:
+def check_fits(stage: str, placement: WorkerPlacement, *, spare_cpus: float = 0.0) -> None:
     """Raises ConfigInvalid where the running cluster can never hold the stage's workers.
 
     ``spare_cpus`` is what the stage needs beside its workers.
@@ -15,10 +15,11 @@ def check_fits(stage: str, placement: WorkerPlacement | PreparePlacement, *, spa
     import ray
 
     have = ray.cluster_resources()
-    wanted = {"CPU": placement.workers * placement.cpus_per_worker + spare_cpus}
-    if isinstance(placement, WorkerPlacement):
-        wanted["GPU"] = placement.workers * placement.gpus_per_worker
-        _check_accelerator(stage, placement.accelerator_type, have)
+    wanted = {
+        "CPU": placement.workers * placement.cpus_per_worker + spare_cpus,
+        "GPU": placement.workers * placement.gpus_per_worker,
+    }
+    _check_accelerator(stage, placement.accelerator_type, have)
     for name, amount in wanted.items():
         if amount > have.get(name, 0.0) + 1e-9:
             raise ConfigInvalid(

@@ -4,6 +4,7 @@ Memory holds one shard, and the audited rows of as many as make a batch of the t
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,13 @@ from rich.console import Console
 from rich.table import Table as Shown
 
 from jobs.progress import Progress
-from jobs.stages import open_store, teacher_digests, teacher_path
+from jobs.stages import open_store, teacher_digests, teacher_of
 from pipeline.audit import Difference, chosen_rows, compare
-from pipeline.capture import Teacher, paired
-from pipeline.data.collate import pixel_values
+from pipeline.capture import PreparedSample, Teacher
+from pipeline.data.collate import image_features
 from pipeline.data.encoding import EncodedSample
+from pipeline.data.processors import load_processor
 from pipeline.data.samples import decode_samples
-from pipeline.models import load_processor
 from pipeline.shards import Row, as_rows, read_manifest, read_shard, rows_of
 from pipeline.stage import require
 from pipeline.store import Store
@@ -123,7 +124,7 @@ def plan_audit(run: RunConfig, fraction: float) -> Audit:
 
 
 def _refuse_other_teacher(run: RunConfig, store: Store, record: ArtifactRecord) -> None:
-    found = differences(record.identity["settings"]["teacher"], teacher_digests(run.teacher.path))
+    found = differences(record.identity["settings"]["teacher"], teacher_digests(run.teacher))
     if found:
         raise ArtifactDrift(
             f"teacher.path: {run.teacher.path}: is not the teacher that made {store.path(record.ref)}:\n  "
@@ -135,15 +136,16 @@ def _refuse_other_teacher(run: RunConfig, store: Store, record: ArtifactRecord) 
 def _compared(run: RunConfig, audit: Audit, problems: list[Problem]) -> Iterator[Audited]:
     """The audited rows with their differences; a shard that cannot be read becomes a problem."""
     config, tapped = recorded_cache(audit.record)
-    path, batch = teacher_path(run), run.placement.cache.batch
-    teacher, processor = Teacher(path, config, tapped, run.placement.device, batch), load_processor(path)
-    done = 0
-    with Progress("audit", audit.total, "rows") as progress:
+    source, place = teacher_of(run), run.placement.cache
+    processor, done = load_processor(source), 0
+    with (
+        closing(Teacher(source, config, tapped, run.placement.device, place)) as teacher,
+        Progress("audit", audit.total, "rows") as progress,
+    ):
         progress.update(0)
-        for group in _groups(audit, batch, problems):
+        for group in _groups(audit, place.batch, problems):
             samples = [chosen.sample for chosen in group]
-            pixels = pixel_values(processor, [s.image for s in samples])
-            columns = teacher.capture(paired(samples, [] if pixels is None else pixels.numpy()))
+            columns = teacher.capture([PreparedSample(s, image_features(processor, s.images)) for s in samples])
             fresh = rows_of(as_rows(teacher.table, columns))
             for chosen, row in zip(group, fresh, strict=True):
                 found = compare(config, len(chosen.sample.input_ids), chosen.row, row)

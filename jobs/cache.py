@@ -4,7 +4,7 @@ One row of the dataset is one shard: its descriptor goes in, a CPU task adds the
 teacher actor computes and commits it. Nothing is remembered outside the store: a rerun does what is missing there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,19 +25,23 @@ from jobs.stages import (
     store_of,
     tapped_layers,
     teacher_digests,
-    teacher_path,
+    teacher_of,
 )
-from pipeline.capture import Teacher, paired
-from pipeline.data.collate import pixel_values
+from pipeline.capture import PreparedSample, Teacher
+from pipeline.data.collate import Features, image_features
+from pipeline.data.encoding import EncodedSample
+from pipeline.data.processors import Processor, load_processor
 from pipeline.data.samples import decode_samples
-from pipeline.models import load_processor
+from pipeline.folders import other_vocabulary
 from pipeline.shards import column_bytes, fold_manifest, read_manifest, read_shard, uncommitted, write_shard
+from pipeline.spread import refuse_split
 from pipeline.stage import Stage, require
 from pipeline.store import Store
 from pipeline.student import check_plan
 from pipeline.vision import refuse_other_towers
 from schemas.artifacts import ArtifactRef
-from schemas.config import CacheConfig, RunConfig, StoreConfig
+from schemas.config import CacheConfig, RunConfig, StoreConfig, TeacherConfig
+from schemas.errors import ConfigInvalid
 from schemas.manifest import Manifest
 from schemas.placement import CachePlacement
 from schemas.sections import Device
@@ -56,21 +60,22 @@ class CacheJob:
     store: StoreConfig
     samples: ArtifactRef
     targets: ArtifactRef
-    teacher: str
+    teacher: TeacherConfig
     config: CacheConfig
     tapped: tuple[int, ...]
     fingerprint: str
     device: Device
-    batch: int
+    place: CachePlacement
     threads: int
 
 
 def stage(run: RunConfig) -> Stage:
     """The stage of this run. Identity: the targets' settings, the tapped layers, the teacher and the table."""
     config, tapped = run.cache, tapped_layers(run)
-    check_plan(teacher_path(run), layer_plan(run))
+    check_plan(run.teacher, layer_plan(run))
+    refuse_split(run.teacher, run.placement.cache)
     if config.vision != "none":
-        refuse_other_towers(teacher_path(run))
+        refuse_other_towers(run.teacher)
     if config.taps.targets == "recompute":
         refuse_image_positions(run, "cache.taps.targets: `recompute`", "use `stored`")
     settings = {
@@ -81,14 +86,34 @@ def stage(run: RunConfig) -> Stage:
         "seed": config.seed,
         # absent where it is off, so that caches from before it are still these settings'
         **({} if config.vision == "none" else {"vision": config.vision}),
-        "teacher": teacher_digests(run.teacher.path),
+        "teacher": teacher_digests(run.teacher),
         "table": str(targets_table(config, tapped)),
     }
 
     def work(store: Store, fingerprint: str) -> dict[str, Any]:
+        try:
+            check_tokenizer(store, run)
+        except ConfigInvalid:
+            # what the user changes makes it another cache, which this name is to be free for
+            store.remove(str(run.ref("cache")))
+            raise
         return _cache(store, cache_job(run, fingerprint), run.placement.cache)
 
     return Stage(run.ref("cache"), (run.ref("prepare"),), settings, work, resolved(run))
+
+
+def check_tokenizer(store: Store, run: RunConfig) -> None:
+    """Checks that ids mean to the teacher what they meant when the samples were made, maybe for another teacher.
+
+    Raises:
+        ConfigInvalid: the tokenizer that they were made with is another one; names the files that differ.
+    """
+    samples = require(store, run.ref("prepare"))
+    if files := other_vocabulary(teacher_digests(run.teacher), samples.identity["settings"]["processor"]):
+        raise ConfigInvalid(
+            f"teacher.path: {run.teacher.path} has another tokenizer than {samples.ref} was made with "
+            f"({', '.join(files)} differ); prepare samples for this teacher under another name (prepare.artifact)"
+        )
 
 
 def cache_job(run: RunConfig, fingerprint: str) -> CacheJob:
@@ -98,12 +123,12 @@ def cache_job(run: RunConfig, fingerprint: str) -> CacheJob:
         store=store_of(run),
         samples=run.ref("prepare"),
         targets=run.ref("cache"),
-        teacher=teacher_path(run),
+        teacher=teacher_of(run),
         config=run.cache,
         tapped=tapped_layers(run),
         fingerprint=fingerprint,
         device=run.placement.device,
-        batch=place.batch,
+        place=place,
         threads=max(1, round(place.cpus_per_worker)),
     )
 
@@ -174,26 +199,40 @@ def committed(job: CacheJob, place: CachePlacement, todo: list[int]) -> Iterator
 
 
 @lru_cache(maxsize=1)
-def _processor(path: str) -> Any:
-    return load_processor(path)
+def _processor(teacher: TeacherConfig) -> Processor:
+    return load_processor(teacher)
 
 
 def decode_shard(row: pa.Table, job: CacheJob) -> pa.Table:
-    """Adds a shard's pixel values: ``pixels`` float32 bytes of shape ``shape`` (images first)."""
+    """Adds what the model takes of a shard's images."""
     index = row["shard"][0].as_py()
     samples = _read_samples(job, index)
-    pixels = pixel_values(_processor(job.teacher), [s.image for s in samples])
-    array = np.zeros((0,), np.float32) if pixels is None else pixels.numpy()
-    return pa.table(
-        {
-            "shard": [index],
-            "pixels": pa.array([array.tobytes()], pa.large_binary()),
-            "shape": pa.array([list(array.shape)], pa.list_(pa.int64())),
-        }
-    )
+    return features_row(index, [image_features(_processor(job.teacher), s.images) for s in samples])
 
 
-def _read_samples(job: CacheJob, index: int) -> list[Any]:
+def features_row(index: int, features: Sequence[Features]) -> pa.Table:
+    """A shard's row with what the model takes of its images: one array an entry, with sample, name, type and shape."""
+    entries = [(number, name, array) for number, f in enumerate(features) for name, array in f.items()]
+    columns = {
+        "sample": pa.array([[number for number, _, _ in entries]], pa.list_(pa.int64())),
+        "name": pa.array([[name for _, name, _ in entries]], pa.list_(pa.string())),
+        "dtype": pa.array([[array.dtype.str for _, _, array in entries]], pa.list_(pa.string())),
+        "dims": pa.array([[array.shape for _, _, array in entries]], pa.list_(pa.list_(pa.int64()))),
+        "data": pa.array([[array.tobytes() for _, _, array in entries]], pa.list_(pa.large_binary())),
+    }
+    return pa.table({"shard": [index], **columns})
+
+
+def _features(row: pa.Table, samples: int) -> list[Features]:
+    """What ``features_row`` added, by sample; arrays share the row's memory."""
+    found: list[Features] = [{} for _ in range(samples)]
+    numbers, names, dtypes, dims = (row[c][0].as_py() for c in ("sample", "name", "dtype", "dims"))
+    for number, name, dtype, shape, data in zip(numbers, names, dtypes, dims, row["data"][0], strict=True):
+        found[number][name] = np.frombuffer(data.as_buffer(), dtype).reshape(shape)
+    return found
+
+
+def _read_samples(job: CacheJob, index: int) -> list[EncodedSample]:
     store = Store(job.store)
     info = _manifest(job.store, job.samples, job.fingerprint).shards[index]
     return decode_samples(read_shard(store, job.samples, SAMPLES, info))
@@ -216,13 +255,13 @@ class TeacherActor:
         # one thread of its own, because libraries remember what suits a shape (cuDNN's plans) a thread
         self.device = ThreadPoolExecutor(1)
         self.job, self.store = job, Store(job.store)
-        self.teacher = Teacher(job.teacher, job.config, job.tapped, job.device, job.batch)
+        self.teacher = Teacher(job.teacher, job.config, job.tapped, job.device, job.place)
 
     def __call__(self, row: pa.Table) -> pa.Table:
         """Commits the row's shard; returns its index and rows."""
         index = row["shard"][0].as_py()
         samples = _read_samples(self.job, index)
-        pixels = np.frombuffer(row["pixels"][0].as_buffer(), np.float32).reshape(row["shape"][0].as_py())
-        columns = self.teacher.columns(self.device.submit(self.teacher.forward, paired(samples, pixels)).result())
+        prepared = list(map(PreparedSample, samples, _features(row, len(samples))))
+        columns = self.teacher.columns(self.device.submit(self.teacher.forward, prepared).result())
         write_shard(self.store, self.job.targets, self.teacher.table, index, columns, self.job.fingerprint)
         return pa.table({"shard": [index], "rows": [len(samples)]})

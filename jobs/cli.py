@@ -150,6 +150,26 @@ def import_matvlm(
         run(checkpoint, teacher, destination, out)
 
 
+@app.command("import-teacher")
+def import_teacher(
+    source: Annotated[str, typer.Argument(help="Folder, or name on the hub, of a TinyLLaVA checkpoint.")],
+    destination: Annotated[Path, typer.Argument(help="Transformers folder to write; must not exist.")],
+    template: Annotated[
+        str | None,
+        typer.Option(
+            help="Conversation template: phi, llama, qwen2_base, qwen2_instruct, gemma or pretrain.",
+            metavar="NAME",
+            show_default="the language model's own",
+        ),
+    ] = None,
+) -> None:
+    """Turn a TinyLLaVA checkpoint into a transformers folder, for use as a teacher."""
+    with _readable_errors():
+        from jobs.import_teacher import import_teacher as run
+
+        run(source, destination, template, out)
+
+
 @app.command()
 def demo(
     run_file: Annotated[

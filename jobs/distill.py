@@ -14,7 +14,8 @@ from cluster.placement import check_fits
 from cluster.session import find_users_error, session
 from jobs import cache
 from jobs.progress import Progress
-from jobs.stages import layer_plan, refuse_image_positions, resolved, tapped_layers, teacher_digests, teacher_path
+from jobs.sources import sources_of
+from jobs.stages import layer_plan, refuse_image_positions, resolved, tapped_layers, teacher_digests
 from jobs.trackers import check_trackers, open_trackers
 from jobs.train import TrainJob, needs_taps, train_job, train_worker
 from pipeline.divergences import refuse_undetermined
@@ -36,23 +37,27 @@ def stage(run: RunConfig) -> Stage:
 
     Raises:
         ConfigInvalid: the recipe needs what the cache does not hold, or the workers cannot share a step.
+        DecantError: another teacher's cache does not fit (see ``sources_of``).
     """
     config, plan = run.distill, layer_plan(run)
-    check_plan(teacher_path(run), plan)
+    check_plan(run.teacher, plan)
     _check_recipe(run)
     _check_placement(run)
     check_trackers(run.placement.distill.trackers)
+    # absent where no other teachers are mixed in, so that students from before are still these settings'
+    alone = set() if config.teachers else {"teachers", "own_weight"}
     settings = {
-        **config.model_dump(mode="json", exclude={"artifact", "checkpoint_every", "keep"}),
+        **config.model_dump(mode="json", exclude={"artifact", "checkpoint_every", "keep"} | alone),
         "student": {
             "layers": plan.total,
             "replaced": plan.replaced,
             **run.student.model_dump(mode="json", exclude={"layers"}),
         },
-        "teacher": teacher_digests(run.teacher.path),
+        "teacher": teacher_digests(run.teacher),
     }
     earlier = run.earlier()
-    inputs = (run.ref("prepare"), run.ref("cache"), *((earlier,) if earlier else ()))
+    caches = (source.ref for source in sources_of(run))
+    inputs = (run.ref("prepare"), *caches, *((earlier,) if earlier else ()))
 
     def work(store: Store, fingerprint: str) -> dict[str, Any]:
         check_cache(store, run)

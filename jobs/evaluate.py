@@ -10,17 +10,19 @@ from transformers import PreTrainedModel
 from cluster.placement import check_fits
 from cluster.session import session
 from jobs.progress import Progress
-from jobs.stages import file_digest, layer_plan, resolved, store_of, teacher_digests, teacher_path
+from jobs.stages import layer_plan, resolved, store_of, teacher_digests, teacher_of
 from jobs.train import INITIAL, WEIGHTS
 from pipeline.data.encoding import Encoder
+from pipeline.data.processors import Processor, load_processor
+from pipeline.data.records import data_digest
 from pipeline.evaluation import Answers, answer, held_out_kl, read_questions, score
-from pipeline.models import load_model, load_processor, pick_device
+from pipeline.models import load_model, pick_device
 from pipeline.ops.backends import resolve
 from pipeline.stage import Stage
 from pipeline.store import Store
 from pipeline.student import apply_trained, build_student
 from pipeline.surgery import mixers
-from schemas.config import RunConfig, StoreConfig
+from schemas.config import RunConfig, StoreConfig, TeacherConfig
 from schemas.layers import LayerPlan
 from schemas.sections import Backend
 
@@ -34,7 +36,7 @@ class EvaluateJob:
 
     run: RunConfig
     store: StoreConfig
-    teacher: str
+    teacher: TeacherConfig
     plan: LayerPlan
     digests: dict[str, str]
 
@@ -44,12 +46,13 @@ def stage(run: RunConfig) -> Stage:
     config, plan = run.evaluate, layer_plan(run)
     settings = {
         **config.model_dump(mode="json", exclude={"artifact", "data", "images"}),
-        "data": file_digest(config.data),
-        "teacher": teacher_digests(run.teacher.path),
+        "data": data_digest(config.data),
+        **({} if run.prepare.template == "own" else {"template": run.prepare.template}),
+        "teacher": teacher_digests(run.teacher),
     }
 
     def work(store: Store, _: str) -> dict[str, Any]:
-        return _evaluate(store, EvaluateJob(run, store_of(run), teacher_path(run), plan, settings["teacher"]))
+        return _evaluate(store, EvaluateJob(run, store_of(run), teacher_of(run), plan, settings["teacher"]))
 
     return Stage(run.ref("evaluate"), (run.ref("distill"),), settings, work, resolved(run))
 
@@ -57,7 +60,7 @@ def stage(run: RunConfig) -> Stage:
 def _evaluate(store: Store, job: EvaluateJob) -> dict[str, Any]:
     run = job.run
     whos: list[Who] = ["teacher", "student", *(["student_untrained"] if run.evaluate.untrained else [])]  # type: ignore[list-item]
-    questions = read_questions(run.evaluate, Encoder(load_processor(job.teacher), run.prepare.max_length))
+    questions = read_questions(run.evaluate, _encoder(job, load_processor(job.teacher)))
     with session():
         place = run.placement.evaluate
         check_fits("evaluate", place)
@@ -83,6 +86,10 @@ def _evaluate(store: Store, job: EvaluateJob) -> dict[str, Any]:
     teacher = result["teacher"]["exact_match"]["overall"]["value"]
     result["recovery"] = result["student"]["exact_match"]["overall"]["value"] / teacher if teacher else None
     return result
+
+
+def _encoder(job: EvaluateJob, processor: Processor) -> Encoder:
+    return Encoder(processor, job.run.prepare.max_length, job.run.prepare.template)
 
 
 def _ask(job: EvaluateJob, whos: list[Who], count: int) -> dict[Who, tuple[Answers, Backend | None]]:
@@ -115,7 +122,7 @@ def answer_as(job: EvaluateJob, who: Who, mailbox: Any) -> tuple[Answers, Backen
     run = job.run
     torch.set_num_threads(max(1, round(run.placement.evaluate.cpus_per_worker)))
     processor = load_processor(job.teacher)
-    questions = read_questions(run.evaluate, Encoder(processor, run.prepare.max_length))
+    questions = read_questions(run.evaluate, _encoder(job, processor))
 
     def progress(number: int) -> None:
         mailbox.put((who, number))

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from jobs.stages import layer_plan, resolved, teacher_digests, teacher_path
+from jobs.stages import layer_plan, resolved, teacher_digests
 from jobs.train import WEIGHTS
 from pipeline.folders import processor_files, stored_dtype
+from pipeline.hub import folder_of
 from pipeline.ops.opset import TORCH
 from pipeline.stage import Stage
 from pipeline.store import Store
@@ -25,7 +26,7 @@ CHECK_TOKENS = 32
 
 def stage(run: RunConfig) -> Stage:
     """The stage of this run. Identity: the distilled student and the teacher whose frozen weights it keeps."""
-    settings = {"teacher": teacher_digests(run.teacher.path)}
+    settings = {"teacher": teacher_digests(run.teacher)}
 
     def work(store: Store, _: str) -> dict[str, Any]:
         return _export(store, run)
@@ -34,7 +35,7 @@ def stage(run: RunConfig) -> Stage:
 
 
 def _export(store: Store, run: RunConfig) -> dict[str, Any]:
-    ref, teacher = run.ref("export"), teacher_path(run)
+    ref, teacher = run.ref("export"), folder_of(run.teacher)
     student = merged_student(store, run)
     with tempfile.TemporaryDirectory(prefix="decant-") as scratch:
         folder = Path(scratch)
@@ -49,14 +50,14 @@ def _export(store: Store, run: RunConfig) -> dict[str, Any]:
 def merged_student(store: Store, run: RunConfig) -> PreTrainedModel:
     """The student on the CPU: frozen weights in the type of the teacher's files, trained ones in float32."""
     model = build_student(
-        teacher_path(run),
+        run.teacher,
         layer_plan(run),
         run.student.init,
         run.distill.seed,
-        getattr(torch, stored_dtype(run.teacher.path)),
+        getattr(torch, stored_dtype(folder_of(run.teacher))),
         torch.device("cpu"),
         TORCH,
-        teacher_digests(run.teacher.path),
+        teacher_digests(run.teacher),
     )
     for name in trainable_names(model, run.student.train):
         parameter = model.get_parameter(name)

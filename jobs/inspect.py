@@ -10,7 +10,6 @@ from rich.table import Table as Shown
 from jobs.describe import describe
 from jobs.figures import human_bytes, moment
 from jobs.stages import NAMES, open_store
-from pipeline.folders import text_config
 from pipeline.inventory import Entry, artifacts, entry
 from pipeline.stage import require
 from pipeline.store import Store
@@ -107,7 +106,10 @@ def _rows_check(store: Store, run: RunConfig, name: str, *, sound: bool) -> tupl
     table, (config, _) = recorded_table(record), recorded_cache(record)
     if not sound:  # rows are compared with their samples, which must be sound themselves
         return table, None
-    return table, targets_check(store, run.ref("prepare"), config, text_config(run.teacher.path)["vocab_size"])
+    from pipeline.models import load_config
+
+    vocabulary = load_config(run.teacher).get_text_config().vocab_size
+    return table, targets_check(store, run.ref("prepare"), config, vocabulary)
 
 
 def show(run: RunConfig, out: Console, *, details: bool) -> None:

@@ -15,9 +15,9 @@ from rich.table import Table
 
 from jobs.figures import human_bytes, human_number, human_time
 from jobs.probe import Measured, probe
-from jobs.stages import layer_plan, load_stage, open_store, tapped_layers, teacher_path
-from pipeline.data.encoding import EncodedSample, Encoder, image_token_of
-from pipeline.models import load_processor
+from jobs.stages import layer_plan, load_stage, open_store, tapped_layers
+from pipeline.data.encoding import EncodedSample, Encoder
+from pipeline.data.processors import load_processor
 from pipeline.planning.compute import ModelSize, model_size
 from pipeline.planning.costs import NEXT_TO_NOTHING, STEP, Cost, cost
 from pipeline.planning.lengths import Lengths, encoded_samples, measure, prepared_samples
@@ -82,8 +82,8 @@ def make_plan(run: RunConfig, accelerator: str, rates_path: Path | None, passes:
     rates = load_rates(rates_path or rates_file())
     chosen = rates.accelerator(accelerator)
     load_stage("cache", run)
-    size, processor = model_size(teacher_path(run)), load_processor(teacher_path(run))
-    image_token = image_token_of(processor)
+    size, processor = model_size(run.teacher), load_processor(run.teacher)
+    image_token = processor.image_token_id
     prepared = read_record(open_store(run), run.ref("prepare")) is not None
     pool, total = _pool(run, processor, prepared)
     lengths = measure(pool, total, run.cache, image_token)
@@ -104,7 +104,7 @@ def _pool(run: RunConfig, processor: Any, prepared: bool) -> tuple[list[EncodedS
     """Some of the samples, and the number of all."""
     if prepared:
         return prepared_samples(open_store(run), run.ref("prepare"))
-    return encoded_samples(run.prepare, Encoder(processor, run.prepare.max_length))
+    return encoded_samples(run.prepare, Encoder(processor, run.prepare.max_length, run.prepare.template))
 
 
 def _with_images(run: RunConfig, count: int) -> list[EncodedSample]:

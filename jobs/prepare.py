@@ -1,12 +1,11 @@
-"""Stage ``prepare``: conversations in the LLaVA format to the ``samples`` table, one committed shard a task.
+"""Stage ``prepare``: conversations to the ``samples`` table, one committed shard a call of a worker.
 
-The data file is looked through once for where its records lie; workers (Ray Data) then read, encode and commit a part
-each. A rerun does what is missing in the store.
+The data file is looked through once for where its records lie; workers (Ray Data) then read, encode and commit parts,
+with the teacher's answers where those are wanted. A rerun does what is missing in the store.
 """
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -15,19 +14,22 @@ from cluster.datasets import shard_dataset
 from cluster.placement import check_fits
 from cluster.session import session
 from jobs.progress import Progress
-from jobs.stages import absolute, file_digest, resolved, store_of, teacher_path
+from jobs.stages import absolute, reading, resolved, store_of, teacher_digests, teacher_of
+from pipeline.answers import Answerer
 from pipeline.data.encoding import Encoder
-from pipeline.data.records import Part, parts
-from pipeline.data.samples import finish, prepare_shard
+from pipeline.data.processors import load_processor
+from pipeline.data.records import Part, data_digest, parts
+from pipeline.data.samples import Answers, finish, prepare_shard
 from pipeline.folders import processor_digests
-from pipeline.models import load_processor
+from pipeline.hub import folder_of
 from pipeline.shards import uncommitted
 from pipeline.stage import Stage
 from pipeline.store import Store
 from schemas.artifacts import ArtifactRef
-from schemas.config import PrepareConfig, RunConfig, StoreConfig
+from schemas.config import PrepareConfig, RunConfig, StoreConfig, TeacherConfig
 from schemas.errors import SampleInvalid
 from schemas.placement import PreparePlacement
+from schemas.sections import Device
 from schemas.tables import SAMPLES
 
 
@@ -37,37 +39,54 @@ class PrepareJob:
 
     store: StoreConfig
     samples: ArtifactRef
-    teacher: str
+    teacher: TeacherConfig
     config: PrepareConfig
     fingerprint: str
+    device: Device
+    batch: int
 
 
 def stage(run: RunConfig) -> Stage:
     """The stage of this run. Identity: data file, the teacher's processor, sharding, maximum length, table."""
     config = run.prepare
+    encoder = Encoder(load_processor(run.teacher), config.max_length, config.template)
     settings = {
-        "data": file_digest(config.data),
-        "processor": processor_digests(run.teacher.path),
+        "data": data_digest(config.data),
+        "processor": {**processor_digests(folder_of(run.teacher)), **reading(run.teacher)},
+        **_unusual(config),
         "shard_rows": config.shard_rows,
         "max_length": config.max_length,
         "on_bad_sample": config.on_bad_sample,
         "table": str(SAMPLES),
+        **({"teacher": teacher_digests(run.teacher)} if config.answers else {}),
     }
 
     def work(store: Store, fingerprint: str) -> dict[str, Any]:
         where = {"data": absolute(config.data), "images": absolute(config.images)}
         job = PrepareJob(
-            store_of(run), run.ref("prepare"), teacher_path(run), config.model_copy(update=where), fingerprint
+            store=store_of(run),
+            samples=run.ref("prepare"),
+            teacher=teacher_of(run),
+            config=config.model_copy(update=where),
+            fingerprint=fingerprint,
+            device=run.placement.device,
+            batch=run.placement.prepare.batch,
         )
         try:
             count = _prepare(store, job, run.placement.prepare)
-            return finish(store, job.samples, config, count, fingerprint)
+            counts = finish(store, job.samples, config, count, fingerprint)
+            return {**counts, "end_token": encoder.renderer.has_end()}
         except SampleInvalid:
             # the user will mend the data, which is then other data: what was begun from the old is of no use
             store.remove(str(job.samples))
             raise
 
     return Stage(run.ref("prepare"), (), settings, work, resolved(run))
+
+
+def _unusual(config: PrepareConfig) -> dict[str, Any]:
+    """Settings that are part of the identity where they are not the default."""
+    return config.model_dump(mode="json", include={"template", "answers", "truncated_images"}, exclude_defaults=True)
 
 
 def _prepare(store: Store, job: PrepareJob, place: PreparePlacement) -> int:
@@ -83,39 +102,50 @@ def _prepare(store: Store, job: PrepareJob, place: PreparePlacement) -> int:
 
 
 def _here(job: PrepareJob, todo: dict[int, Part], _: PreparePlacement) -> Iterator[int]:
+    worker = PrepareWorker(job) if todo else None
     for index, part in todo.items():
-        yield _shard(job, index, part)
+        assert worker is not None
+        yield worker.commit(index, part)
 
 
 def _on_workers(job: PrepareJob, todo: dict[int, Part], place: PreparePlacement) -> Iterator[int]:
     if not todo:
         return
     with session():
-        from ray.data import TaskPoolStrategy
+        from ray.data import ActorPoolStrategy
 
         check_fits("prepare", place)
         dataset = shard_dataset([{"shard": i, **asdict(part)} for i, part in todo.items()]).map_batches(
-            prepare_row,
-            fn_args=(job,),
+            PrepareWorker,
+            fn_constructor_args=(job,),
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=place.cpus_per_worker,
-            compute=TaskPoolStrategy(size=min(place.workers, len(todo))),
+            num_gpus=place.gpus_per_worker or None,
+            accelerator_type=place.accelerator_type,
+            compute=ActorPoolStrategy(size=min(place.workers, len(todo))),
         )
         yield from (row["records"] for row in dataset.iter_rows())
 
 
-def prepare_row(row: pa.Table, job: PrepareJob) -> pa.Table:
-    """Commits the row's shard; returns its number of records."""
-    (given,) = row.to_pylist()
-    return pa.table({"records": [_shard(job, given.pop("shard"), Part(**given))]})
+class PrepareWorker:
+    """Reads, encodes and commits parts of the data file; with a teacher's answers where they are wanted."""
 
+    def __init__(self, job: PrepareJob) -> None:
+        self.job, self.store, config = job, Store(job.store), job.config
+        self.encoder = Encoder(load_processor(job.teacher), config.max_length, config.template)
+        self.answer: Answers | None = None
+        if config.answers:
+            self.answer = Answerer(job.teacher, config.answers, self.encoder, job.device, job.batch).answer
 
-def _shard(job: PrepareJob, index: int, part: Part) -> int:
-    encoder = _encoder(job.teacher, job.config.max_length)
-    return prepare_shard(Store(job.store), job.samples, job.config, encoder, part, index, job.fingerprint)
+    def __call__(self, row: pa.Table) -> pa.Table:
+        """Commits the row's shard; returns its number of records."""
+        (given,) = row.to_pylist()
+        return pa.table({"records": [self.commit(given.pop("shard"), Part(**given))]})
 
-
-@lru_cache(maxsize=1)
-def _encoder(teacher: str, max_length: int) -> Encoder:
-    return Encoder(load_processor(teacher), max_length)
+    def commit(self, index: int, part: Part) -> int:
+        """Commits a shard; returns its number of records."""
+        job = self.job
+        return prepare_shard(
+            self.store, job.samples, job.config, self.encoder, part, index, job.fingerprint, self.answer
+        )

@@ -1,6 +1,5 @@
 """Runs or previews a stage by name, and what several stages' identities need: facts about teacher, layers and files."""
 
-import hashlib
 import importlib
 from functools import lru_cache
 from pathlib import Path
@@ -8,11 +7,11 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.data.records import opened
-from pipeline.folders import folder_digests, text_config
+from pipeline.folders import folder_digests
+from pipeline.hub import folder_of, is_hub_name, pinned
 from pipeline.stage import Stage, run_stage, status
 from pipeline.store import Store
-from schemas.config import RunConfig, StoreConfig
+from schemas.config import RunConfig, StoreConfig, TeacherConfig
 from schemas.errors import ConfigInvalid
 from schemas.layers import LayerPlan, plan_layers
 from schemas.runfile import dump_run
@@ -36,6 +35,17 @@ def run_named(name: str, run: RunConfig, out: Console) -> None:
         if record.result.get("rejected"):
             where = open_store(run).path(f"{stage.ref}/{REJECTS_FILE}")
             out.print(f"[yellow]{record.result['rejected']} records were skipped[/]; the reasons are in {where}")
+        if record.result.get("truncated"):
+            cut, of = record.result["cut_tokens"], record.result["cut_response_tokens"]
+            out.print(
+                f"[yellow]{record.result['truncated']} samples were cut[/] to prepare.max_length: {cut} tokens, "
+                f"{of} of them of answers"
+            )
+        if record.result.get("end_token") is False:
+            out.print(
+                "[yellow]the chat template ends answers without a special token[/], so a student cannot learn to end "
+                "them; prepare.template has those that LLaVA's and TinyLLaVA's checkpoints were trained with"
+            )
         if record.result.get("duplicates"):
             out.print(f"[yellow]{record.result['duplicates']} samples are in the data more than once[/]")
     else:
@@ -53,15 +63,22 @@ def preview(name: str, run: RunConfig, out: Console) -> None:
 
 
 @lru_cache(maxsize=4)
-def teacher_digests(path: str) -> dict[str, str]:
+def teacher_digests(teacher: TeacherConfig) -> dict[str, str]:
     """Digests of the teacher's weights and processor; hashing gigabytes once a process is enough."""
-    return folder_digests(path)
+    return {**folder_digests(folder_of(teacher)), **reading(teacher)}
+
+
+def reading(teacher: TeacherConfig) -> dict[str, str]:
+    """What of the run file changes how the teacher reads, where it does; absent otherwise."""
+    return {} if teacher.aspect == "processor" else {"aspect": teacher.aspect}
 
 
 def layer_plan(run: RunConfig) -> LayerPlan:
     """The run's replaced layers, checked against the teacher's configuration."""
-    teacher_digests(run.teacher.path)
-    return plan_layers(run.student.layers, text_config(run.teacher.path)["num_hidden_layers"])
+    from pipeline.models import load_config
+
+    teacher_digests(run.teacher)
+    return plan_layers(run.student.layers, load_config(run.teacher).get_text_config().num_hidden_layers)
 
 
 def tapped_layers(run: RunConfig) -> tuple[int, ...]:
@@ -81,22 +98,13 @@ def tapped_layers(run: RunConfig) -> tuple[int, ...]:
 
 def refuse_image_positions(run: RunConfig, setting: str, remedy: str) -> None:
     """Raises ConfigInvalid where a token's position does not follow from its place, which ``setting`` needs."""
-    text = text_config(run.teacher.path)
-    rotary = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    if "mrope_section" in rotary:
+    from pipeline.models import has_image_positions, load_config
+
+    if has_image_positions(load_config(run.teacher)):
         raise ConfigInvalid(
             f"{setting} needs positions that follow from a token's place; this teacher's (3-D) come from its images: "
             f"{remedy}"
         )
-
-
-def file_digest(path: str) -> str:
-    """SHA-256 of a data file, 32 hexadecimal digits.
-
-    Raises:
-        SampleInvalid: the file is missing or unreadable.
-    """
-    return opened(path, lambda file: hashlib.file_digest(file, "sha256")).hexdigest()[:32]
 
 
 def resolved(run: RunConfig) -> dict[str, Any]:
@@ -119,6 +127,8 @@ def absolute(path: str) -> str:
     return path if "://" in path else str(Path(path).absolute())
 
 
-def teacher_path(run: RunConfig) -> str:
-    """The teacher's folder as an absolute path."""
-    return absolute(run.teacher.path)
+def teacher_of(run: RunConfig) -> TeacherConfig:
+    """The teacher for workers: a folder's absolute path, or a name on the hub with the commit to take."""
+    if is_hub_name(run.teacher.path):
+        return pinned(run.teacher)
+    return run.teacher.model_copy(update={"path": absolute(run.teacher.path)})

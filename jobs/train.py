@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
-from jobs.stages import layer_plan, store_of, tapped_layers, teacher_digests, teacher_path
-from pipeline.models import decoder, load_processor, pick_device
+from jobs.sources import sources_of
+from jobs.stages import layer_plan, store_of, teacher_digests, teacher_of
+from pipeline.data.processors import load_processor
+from pipeline.models import decoder, head, pick_device
 from pipeline.ops.backends import resolve
 from pipeline.store import Store
 from pipeline.student import apply_start, build_student, record_of, trained_bytes
@@ -18,8 +20,9 @@ from pipeline.training.checkpoint import Saving, best_checkpoint
 from pipeline.training.engine import Worker
 from pipeline.training.loop import Report, Training
 from pipeline.training.recompute import TeacherLayers
+from pipeline.training.sources import Source
 from pipeline.vision import feed_features
-from schemas.config import RunConfig, StoreConfig
+from schemas.config import RunConfig, StoreConfig, TeacherConfig
 from schemas.layers import LayerPlan
 
 # The trained parameters, the same before the first step, and who computed the mixers.
@@ -32,9 +35,9 @@ class TrainJob:
 
     run: RunConfig
     store: StoreConfig
-    teacher: str
+    teacher: TeacherConfig
     plan: LayerPlan
-    tapped: tuple[int, ...]
+    sources: tuple[Source, ...]
     digests: dict[str, str]
     fingerprint: str
 
@@ -46,8 +49,8 @@ class TrainJob:
 
 def train_job(run: RunConfig, fingerprint: str) -> TrainJob:
     """What the workers of this run's training need."""
-    digests = teacher_digests(run.teacher.path)
-    return TrainJob(run, store_of(run), teacher_path(run), layer_plan(run), tapped_layers(run), digests, fingerprint)
+    digests = teacher_digests(run.teacher)
+    return TrainJob(run, store_of(run), teacher_of(run), layer_plan(run), sources_of(run), digests, fingerprint)
 
 
 def needs_taps(run: RunConfig) -> bool:
@@ -104,11 +107,10 @@ def train_student(job: TrainJob, worker: Worker, report: Report, say: Callable[[
     batches = CachedBatches(
         store,
         run.ref("prepare"),
-        run.ref("cache"),
-        run.cache,
-        job.tapped,
+        job.sources,
         job.plan.replaced if needs_taps(run) else (),
         load_processor(job.teacher),
+        head(model).out_features,
         micro_batch=place.micro_batch,
         padding=place.padding,
         readers=place.readers,
@@ -119,7 +121,6 @@ def train_student(job: TrainJob, worker: Worker, report: Report, say: Callable[[
         batches,
         run.distill,
         place,
-        run.cache.targets.temperature,
         run.student,
         worker,
         saving := Saving(store, ref, job.fingerprint, run.distill.keep),

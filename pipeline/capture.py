@@ -6,21 +6,26 @@ What the GPU does is queued by ``forward``, copies to pinned memory included, an
 Shapes: B samples of one forward, L tokens, D hidden size, P positions of all of them.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.activations import pack
-from pipeline.data.collate import next_tokens, pad_id_of, pad_tokens, target_positions
-from pipeline.data.encoding import EncodedSample, image_token_of
-from pipeline.models import body, connector, decoder, head, load_model, load_processor, pick_device
+from pipeline.data.collate import Features, model_inputs, next_tokens, pad_tokens, target_positions
+from pipeline.data.encoding import EncodedSample
+from pipeline.data.processors import load_processor
+from pipeline.models import body, check_logits, connector, decoder, head, load_model, logits_head, pick_device
+from pipeline.ranks import Ranks
+from pipeline.spread import spread
 from pipeline.taps import TapBuffers, is_tapped, recorded
 from pipeline.targets import encode, entropy, extract, logprobs, uniforms
 from pipeline.vision import recorded_features
-from schemas.config import CacheConfig
+from schemas.config import CacheConfig, TeacherConfig
+from schemas.placement import CachePlacement
 from schemas.sections import Device
 from schemas.tables import STATISTICS, VISION, targets_table
 
@@ -30,16 +35,10 @@ HEAD_CHUNK = 1024
 
 @dataclass(frozen=True)
 class PreparedSample:
-    """A sample with its pixel values [pixels of one image], decoded where there is no GPU to wait."""
+    """A sample with what the model takes of its images, decoded where there is no GPU to wait."""
 
     sample: EncodedSample
-    pixels: np.ndarray | None
-
-
-def paired(samples: Sequence[EncodedSample], pixels: Iterable[np.ndarray]) -> list[PreparedSample]:
-    """The samples with their pixel values, of which there is one [pixels] for each that has an image, in order."""
-    images = iter(pixels)
-    return [PreparedSample(s, None if s.image is None else next(images)) for s in samples]
+    features: Features
 
 
 @dataclass(frozen=True)
@@ -58,25 +57,44 @@ class Forward:
 
 @dataclass(frozen=True)
 class Captured:
-    """All forwards of a shard; ``done`` is reached when the copies are there."""
+    """All forwards of a shard; every event of ``done``, one a device, is reached when the copies are there."""
 
     ids: list[str]
     forwards: list[Forward]
     taps: TapBuffers
     vision: TapBuffers
-    done: torch.cuda.Event | None
+    done: list[torch.cuda.Event]
 
 
 class Teacher:
-    """The frozen teacher of one worker."""
+    """The frozen teacher of one worker, on one device or spread over several; of a split one, one rank's part."""
 
-    def __init__(self, path: str, config: CacheConfig, tapped: tuple[int, ...], device: Device, batch: int) -> None:
-        self.config, self.tapped, self.batch = config, tapped, batch
-        self.device = pick_device(device)
-        self.model = load_model(path, getattr(torch, config.dtype), self.device)
-        processor = load_processor(path)
-        self.pad_id = pad_id_of(getattr(processor, "tokenizer", processor))
-        self.image_token_id = image_token_of(processor)
+    def __init__(
+        self,
+        teacher: TeacherConfig,
+        config: CacheConfig,
+        tapped: tuple[int, ...],
+        device: Device,
+        place: CachePlacement,
+        rank: int = 0,
+    ) -> None:
+        """Loads it.
+
+        Raises:
+            ConfigInvalid: the devices are too few, or its logits are not what its configuration says.
+            TeacherLost: another rank of a split one ended.
+        """
+        self.config, self.tapped, self.batch = config, tapped, place.batch
+        self.device, dtype = pick_device(device), getattr(torch, config.dtype)
+        parts = spread(teacher, dtype, self.device, place)
+        count = place.parts if place.split == "tensor" and rank == 0 else 1
+        self.ranks = Ranks(count, self.device.type, partial(_follow, teacher, config, device, place))
+        with self.ranks.together():
+            self.model = load_model(teacher, dtype, self.device, parts)
+            check_logits(self.model)
+        self.devices = {p.device for p in self.model.parameters()} if self.device.type == "cuda" else set()
+        processor = load_processor(teacher)
+        self.pad_id, self.image_token_id = processor.pad_id, processor.image_token_id
         self.table = targets_table(config, tapped)
 
     def capture(self, samples: Sequence[PreparedSample]) -> dict[str, Sequence[object]]:
@@ -85,7 +103,7 @@ class Teacher:
 
     @torch.no_grad()
     def forward(self, samples: Sequence[PreparedSample]) -> Captured:
-        """Queues all forwards of a shard on the device and the copies of what they leave.
+        """Queues all forwards of a shard on the devices and the copies of what they leave.
 
         Samples of similar length share a forward. A sample's draws do not depend on its neighbours beyond the
         rounding of the logits.
@@ -97,16 +115,17 @@ class Teacher:
         on_gpu = self.device.type == "cuda"
         taps = TapBuffers(tokens, pinned=on_gpu)
         vision = TapBuffers([self._patches(s) for s in samples], pinned=on_gpu)
-        forwards = [self._forward(places, [samples[i] for i in places], taps, vision) for places in batches]
-        done = torch.cuda.Event() if on_gpu else None
-        if done:
-            done.record()
+        with self.ranks.together():
+            self.ranks.hand(samples)
+            forwards = [self._forward(places, [samples[i] for i in places], taps, vision) for places in batches]
+        done = [torch.cuda.current_stream(device).record_event() for device in self.devices]
         return Captured([s.sample.sample_id for s in samples], forwards, taps, vision, done)
 
     def columns(self, captured: Captured) -> dict[str, Sequence[object]]:
         """The columns of a shard, once its forwards are done."""
-        if captured.done:
-            captured.done.synchronize()
+        for event in captured.done:
+            event.synchronize()
+        self.ranks.check()
         patches = captured.vision.tokens.tolist()
         rows: list[dict[str, object]] = [
             {"sample_id": name, "patches": count} for name, count in zip(captured.ids, patches, strict=True)
@@ -117,9 +136,13 @@ class Teacher:
         activations = captured.taps.columns() | captured.vision.columns()
         return {c.name: activations.get(c.name, [row.get(c.name) for row in rows]) for c in self.table.columns}
 
+    def close(self) -> None:
+        """Ends the other ranks of a split teacher."""
+        self.ranks.close()
+
     def _patches(self, prepared: PreparedSample) -> int:
         """How many features of the sample's image are kept: one stands for each image token."""
-        if self.config.vision == "none" or prepared.pixels is None:
+        if self.config.vision == "none" or not prepared.features:
             return 0
         return int((prepared.sample.input_ids == self.image_token_id).sum())
 
@@ -131,8 +154,11 @@ class Teacher:
             recorded_features(connector(self.model) if seen else None) as features,
         ):
             hidden_BLD = body(self.model)(**self.inputs(batch), use_cache=False).last_hidden_state
-        for place, value in zip(seen, (image for images in features for image in images), strict=True):
-            vision.keep(VISION, place, pack(value, "bfloat16"))
+        images = [image for call in features for image in call]
+        for place, sample in zip(places, samples, strict=True):
+            mine = [images.pop(0) for _ in sample.images] if place in seen else []
+            if mine:
+                vision.keep(VISION, place, pack(torch.cat(mine), "bfloat16"))
         for layer, (value_in, value_out) in found.items():
             both = {f"tap_{layer}_input": value_in, f"tap_{layer}_output": value_out}
             if self.config.taps.targets == "recompute":
@@ -150,11 +176,11 @@ class Teacher:
     def inputs(self, batch: list[PreparedSample]) -> dict[str, Tensor]:
         """What the model takes for one forward, on the device."""
         ids, mask = pad_tokens([p.sample.input_ids for p in batch], self.pad_id)
-        inputs = {"input_ids": self._to_device(ids), "attention_mask": self._to_device(mask)}
-        images = [p.pixels for p in batch if p.pixels is not None]
-        if images:
-            inputs["pixel_values"] = self._to_device(torch.from_numpy(np.stack(images))).to(self.model.dtype)
-        return inputs
+        inputs = model_inputs(ids, [p.features for p in batch], self.image_token_id) | {"attention_mask": mask}
+        return {
+            name: self._to_device(t).to(self.model.dtype) if t.is_floating_point() else self._to_device(t)
+            for name, t in inputs.items()
+        }
 
     def _targets(
         self, samples: list[EncodedSample], positions: list[np.ndarray], hidden_BLD: Tensor
@@ -175,7 +201,7 @@ class Teacher:
         for at in range(0, max(len(flat), 1), HEAD_CHUNK):
             part = slice(at, at + HEAD_CHUNK)
             hidden_PD = hidden_BLD.flatten(0, 1)[flat[part]]
-            logits = head(self.model)(hidden_PD).float()
+            logits = logits_head(self.model)(hidden_PD).float()
             own = logprobs(logits, targets.temperature)
             lse = logits.logsumexp(-1)
             gold_logprob = logits.gather(1, gold[part, None])[:, 0] - lse
@@ -200,6 +226,13 @@ class Teacher:
     def _to_device(self, tensor: Tensor) -> Tensor:
         """Queued behind what the device does, without waiting for it."""
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+
+def _follow(
+    teacher: TeacherConfig, config: CacheConfig, device: Device, place: CachePlacement, rank: int
+) -> Callable[[Sequence[PreparedSample]], object]:
+    """What another rank does with the samples that it is handed: the same forwards, of which it records nothing."""
+    return Teacher(teacher, config.model_copy(update={"vision": "none"}), (), device, place, rank).forward
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.data.collate import pad_id_of, pad_tokens, pixel_values, predicting_positions
+from pipeline.data.collate import predicting_positions
 from pipeline.data.conversations import read_conversations
-from pipeline.data.encoding import EncodedSample, Encoder, read_image
+from pipeline.data.encoding import EncodedSample, Encoder
+from pipeline.data.images import read_images
+from pipeline.data.processors import Processor
+from pipeline.generation import Generation, Prompt, generate, model_batch
 from pipeline.losses import full_kl
-from pipeline.models import body, head
+from pipeline.models import body, logits_head
 from pipeline.store import Store
 from schemas.config import EvaluateConfig
 from schemas.errors import SampleInvalid
@@ -57,8 +60,8 @@ def read_questions(config: EvaluateConfig, encoder: Encoder) -> list[Question]:
                     "(evaluate.group_by)"
                 )
             group = str(conversation.extra[config.group_by])
-        image = read_image(conversation, images)
-        prompt, sample = encoder.prompt_ids(conversation, image), encoder.encode(conversation, image)
+        files = read_images(conversation, images, truncated="refuse")
+        prompt, sample = encoder.prompt_ids(conversation, files), encoder.encode(conversation, files)
         questions.append(Question(group, prompt, conversation.turns[-1].text.strip(), sample))
     return questions
 
@@ -66,50 +69,24 @@ def read_questions(config: EvaluateConfig, encoder: Encoder) -> list[Question]:
 @torch.no_grad()
 def answer(
     model: PreTrainedModel,
-    processor: Any,
+    processor: Processor,
     questions: Sequence[Question],
     batch: int,
     max_new_tokens: int,
     progress: Callable[[int], None],
 ) -> Answers:
-    """Greedy answers by ``generate()`` on left-padded batches of similar length, and the hidden states for the KL."""
-    tokenizer = getattr(processor, "tokenizer", processor)
-    texts: dict[int, str] = {}
-    hidden: dict[int, Tensor] = {}
-    order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))
-    for at in range(0, len(order), batch):
-        chosen = order[at : at + batch]
-        rows = [questions[i] for i in chosen]
-        inputs = _inputs(model, processor, [q.prompt for q in rows], rows, left=True)
-        out = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=pad_id_of(tokenizer),
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        decoded = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        texts.update(zip(chosen, (t.strip() for t in decoded), strict=True))
-        forced = _inputs(model, processor, [q.sample.input_ids for q in rows], rows, left=False)
+    """Greedy answers to the questions, and the hidden states for the KL."""
+    prompts = [Prompt(q.prompt, q.sample.images) for q in questions]
+    texts = generate(model, processor, prompts, Generation(batch, max_new_tokens), progress)
+    hidden: list[Tensor] = []
+    for at in range(0, len(questions), batch):
+        rows = [q.sample for q in questions[at : at + batch]]
+        forced = model_batch(model, processor, [Prompt(r.input_ids, r.images) for r in rows], left=False)
         states = body(model)(**forced, use_cache=False).last_hidden_state
-        for i, q, state in zip(chosen, rows, states, strict=True):
-            positions = torch.from_numpy(predicting_positions(q.sample.spans)).to(state.device)
-            hidden[i] = state[positions].float().cpu()
-        progress(at + len(chosen))
-    count = range(len(questions))
-    return Answers([texts[i] for i in count], torch.cat([hidden[i] for i in count]).numpy())
-
-
-def _inputs(
-    model: PreTrainedModel, processor: Any, ids: list[np.ndarray], rows: list[Question], *, left: bool
-) -> dict[str, Tensor]:
-    tokenizer = getattr(processor, "tokenizer", processor)
-    padded, mask = pad_tokens(ids, pad_id_of(tokenizer), left=left)
-    inputs = {"input_ids": padded.to(model.device), "attention_mask": mask.to(model.device)}
-    pixels = pixel_values(processor, [q.sample.image for q in rows])
-    if pixels is not None:
-        inputs["pixel_values"] = pixels.to(model.device, model.dtype)
-    return inputs
+        for row, state in zip(rows, states, strict=True):
+            positions = torch.from_numpy(predicting_positions(row.spans)).to(state.device)
+            hidden.append(state[positions].float().cpu())
+    return Answers(texts, torch.cat(hidden).numpy())
 
 
 def score(questions: Sequence[Question], texts: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -135,7 +112,7 @@ def proportion(hits: int, n: int) -> dict[str, Any]:
 @torch.no_grad()
 def held_out_kl(teacher: PreTrainedModel, teacher_hidden_PD: np.ndarray, student_hidden_PD: np.ndarray) -> float:
     """Mean KL(teacher ‖ student) over the references' positions, in nats, through the head that both share."""
-    output = head(teacher)
+    output = logits_head(teacher)
     total = 0.0
     for at in range(0, len(teacher_hidden_PD), KL_CHUNK):
         both = [

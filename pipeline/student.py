@@ -11,23 +11,21 @@ from huggingface_hub import save_torch_state_dict
 from pydantic import ValidationError
 from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pipeline.folders import folder_digests
 from pipeline.headers import metadata_of
+from pipeline.hub import folder_of
 from pipeline.initialise import initialise
-from pipeline.models import build_model, decoder, head, load_model
+from pipeline.models import BiasedHead, add_head_bias, base_config, build_model, decoder, head, load_config, load_model
 from pipeline.ops.backends import resolve
 from pipeline.ops.opset import OpSet
 from pipeline.surgery import mixers, refuse_unfit, replace_layers, trainable_names
+from schemas.config import TeacherConfig
 from schemas.errors import ConfigInvalid
-from schemas.hybrid import HybridRecord
+from schemas.hybrid import MODEL_TYPE, RECORD, HybridRecord
 from schemas.layers import LayerPlan
 from schemas.sections import Backend, Init, Part
-
-# No transformers class has this name: stock loading must fail, not leave the mixers out and go on.
-MODEL_TYPE = "decant_hybrid"
-RECORD = "decant"
 
 
 def has_bias(init: Init) -> bool:
@@ -36,7 +34,7 @@ def has_bias(init: Init) -> bool:
 
 
 def build_student(
-    teacher: str,
+    teacher: str | TeacherConfig,
     plan: LayerPlan,
     init: Init,
     seed: int,
@@ -56,28 +54,28 @@ def build_student(
         if replaced is not None:
             replaced[index] = attention
         initialise(mixers(model)[index], attention, init, generator)
-    mark(model, ops.backend, dict(digests or folder_digests(teacher)))
+    mark(model, ops.backend, dict(digests or folder_digests(folder_of(teacher))))
     return model.requires_grad_(False)
 
 
 @lru_cache(maxsize=8)
-def check_plan(teacher: str, plan: LayerPlan) -> None:
+def check_plan(teacher: str | TeacherConfig, plan: LayerPlan) -> None:
     """Checks from the teacher's configuration alone that every planned layer can be replaced.
 
     Raises:
         ConfigInvalid: one cannot; names it, the reason, and the layers that can.
     """
     with torch.device("meta"):
-        model = build_model(AutoConfig.from_pretrained(teacher, local_files_only=True), torch.float32)
+        model = build_model(load_config(teacher), torch.float32)
     refuse_unfit(model, plan)
 
 
-def mark(model: PreTrainedModel, backend: Backend, teacher: dict[str, str], *, head_bias: bool = False) -> None:
+def mark(model: PreTrainedModel, backend: Backend, teacher: dict[str, str]) -> None:
     """Writes the hybrid's record into its configuration; ``backend`` is what its mixers were trained with."""
     found = {i: m.dims for i, m in mixers(model).items()}
     total = len(decoder(model).layers)  # type: ignore[arg-type]
-    base = model.config.model_type
-    record = HybridRecord(base=base, layers=total, mixers=found, backend=backend, teacher=teacher, head_bias=head_bias)
+    base, biased = model.config.model_type, isinstance(head(model), BiasedHead)
+    record = HybridRecord(base=base, layers=total, mixers=found, backend=backend, teacher=teacher, head_bias=biased)
     setattr(model.config, RECORD, record.model_dump(mode="json"))
     # stock's own would write a folder that loads again without the mixers
     model.save_pretrained = partial(save_hybrid, model)
@@ -118,12 +116,12 @@ def load_hybrid(
     settings = _hybrid_config(folder)
     record = _parse(settings.pop(RECORD, None), f"{path}: config.json")
     ops = resolve(backend, device)
-    model = build_model(CONFIG_MAPPING[record.base].from_dict({**settings, "model_type": record.base}), dtype)
+    model = build_model(base_config(settings, record.base), dtype)
     replace_layers(model, LayerPlan(record.layers, record.replaced), bias=record.bias, ops=ops)
     if record.head_bias:
         add_head_bias(model)
     _same_mixers(model, record, str(path))
-    mark(model, record.backend, record.teacher, head_bias=record.head_bias)
+    mark(model, record.backend, record.teacher)
     weights = {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
     load_exactly(model, weights, str(path))
     return model.to(device).requires_grad_(False)
@@ -155,17 +153,6 @@ def _same_mixers(model: PreTrainedModel, record: HybridRecord, where: str) -> No
                 f"{where}: the mixer of layer {index} is recorded as {dims}; "
                 f"the model's layer makes it {found[index].dims}"
             )
-
-
-def add_head_bias(model: PreTrainedModel) -> None:
-    """Gives the language head a bias (of zeros), which stock vision-language classes leave out; Phi-2's has one."""
-    old = head(model)
-    new = nn.utils.skip_init(
-        nn.Linear, old.in_features, old.out_features, dtype=old.weight.dtype, device=old.weight.device
-    )
-    new.weight = old.weight
-    nn.init.zeros_(new.bias)
-    model.set_output_embeddings(new.requires_grad_(False))
 
 
 def _owned(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -212,7 +199,7 @@ def trained_bytes(tensors: Mapping[str, Tensor], record: HybridRecord, parts: tu
 
 def load_trained(
     path: str | Path,
-    teacher: str,
+    teacher: str | TeacherConfig,
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
     backend: Backend = "auto",
@@ -225,7 +212,7 @@ def load_trained(
     """
     device = device or torch.device("cpu")
     data = Path(path).read_bytes()
-    record, digests = _trained_record(data, str(path)), folder_digests(teacher)
+    record, digests = _trained_record(data, str(path)), folder_digests(folder_of(teacher))
     _same_teacher(record, digests, str(path))
     model = load_model(teacher, dtype, device)
     ops = resolve(backend, device)
@@ -249,7 +236,7 @@ def apply_trained(model: PreTrainedModel, data: bytes, where: str) -> None:
     _same_mixers(model, record, where)
     places = {n: model.get_parameter(n) for n in trainable_names(model, record.trained)}
     _fill(places, load(data), where, "the trained tensors are not this student's")
-    mark(model, record.backend, own.teacher, head_bias=own.head_bias)
+    mark(model, record.backend, own.teacher)
 
 
 @torch.no_grad()

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from pipeline.activations import decode_activation
-from pipeline.models import body
+from pipeline.hub import as_teacher
+from pipeline.models import body, load_config
+from schemas.config import TeacherConfig
 from schemas.errors import ConfigInvalid
 from schemas.tables import VISION
 
@@ -26,17 +28,17 @@ def feature_width(config: Any) -> int | None:
     return None if _obstacle(config) else int(config.vision_config.hidden_size)
 
 
-def refuse_other_towers(path: str) -> None:
+def refuse_other_towers(teacher: str | TeacherConfig) -> None:
     """Checks from a model folder's configuration that its vision features can be cached.
 
     Raises:
         ConfigInvalid: they cannot; says why.
     """
-    reason = _obstacle(AutoConfig.from_pretrained(path, local_files_only=True))
+    reason = _obstacle(load_config(teacher))
     if reason:
         raise ConfigInvalid(
-            f"cache.vision: {path}: {reason}; cached features need a Llava whose connector takes one layer's features "
-            "of images of one size: use `none`"
+            f"cache.vision: {as_teacher(teacher).path}: {reason}; cached features need a Llava whose connector takes "
+            "one layer's features of images of one size: use `none`"
         )
 
 
@@ -66,14 +68,17 @@ def recorded_features(projector: nn.Module | None) -> Iterator[list[Tensor]]:
 
 
 def features_of(row: Mapping[str, Any]) -> Tensor | None:
-    """The features bfloat16[patches, width] of a row of ``targets``, the shard's own memory; None without an image."""
+    """The features bfloat16[patches, width] of a row's images, the shard's own memory; None without an image."""
     return decode_activation(VISION, row, row["patches"], "bfloat16").values if row["patches"] else None
 
 
-def vision_inputs(rows: Sequence[Mapping[str, Any]]) -> Tensor | None:
-    """``pixel_values`` for a model that is fed with features: bfloat16[images, patches, width], None without images."""
+def vision_inputs(rows: Sequence[Mapping[str, Any]], patches: int) -> dict[str, Tensor]:
+    """What a model that is fed with features takes: ``pixel_values`` bfloat16[images, patches, width], if any.
+
+    ``patches`` is the number of an image's features, of which a row has those of all its images.
+    """
     found = [features for row in rows if (features := features_of(row)) is not None]
-    return torch.stack(found) if found else None
+    return {"pixel_values": torch.cat(found).unflatten(0, (-1, patches))} if found else {}
 
 
 class _Fed(nn.Module):

@@ -4,6 +4,7 @@ Owns the types only; ``schemas.runfile`` reads YAML and overrides. Sections name
 (fingerprinted); ``placement`` says where a stage runs and never changes what it makes.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -50,18 +51,55 @@ class StoreConfig(Section):
 
 
 class TeacherConfig(Section):
-    """The pretrained model: a transformers folder with safetensors weights and processor files."""
+    """The pretrained model: a transformers folder with safetensors weights and processor files, or its name on the hub.
+
+    ``revision`` is a commit, branch or tag of the hub's. ``aspect`` says how an image gets the side ratio that the
+    vision tower takes: as the model's own ``processor`` does it, stretched (``square``), or with bars (``pad``).
+    ``trust_remote_code`` runs Python from the repository, and that only of a named commit.
+    """
 
     path: str
+    revision: str | None = None
+    aspect: Literal["processor", "square", "pad"] = "processor"
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _trusts_what_it_knows(self) -> "TeacherConfig":
+        if self.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
+            raise ValueError("trust_remote_code needs `revision` to be a commit (40 hexadecimal digits), not a branch")
+        return self
+
+
+# Conversation templates: the model's own, or one that TinyLLaVA's and LLaVA's checkpoints were trained with.
+TemplateName = Literal["own", "phi", "llama", "qwen2_base", "qwen2_instruct", "gemma", "pretrain"]
+
+
+class AnswersConfig(Section):
+    """Answers that the teacher gives in place of the data's (pseudo-labels, as in MambaInLlama).
+
+    Greedy at temperature 0, drawn otherwise; at most ``max_new_tokens`` each, turn by turn of a conversation.
+    """
+
+    max_new_tokens: int = Field(512, ge=1)
+    temperature: float = Field(0.0, ge=0)
+    seed: int = 0
+    dtype: Dtype = "float32"
 
 
 class PrepareConfig(StageSection):
-    """Raw conversations in the LLaVA format to the ``samples`` table; skipped ones go to the ``rejects`` table."""
+    """Raw conversations to the ``samples`` table; skipped ones go to the ``rejects`` table.
+
+    ``max_length`` counts image positions. ``answers``, where given, has the teacher answer instead of the data.
+    ``truncated_images``: a file that ends too early is a bad sample, or kept as what can be read of it.
+    """
 
     data: str
     images: str = "."
+    template: TemplateName = "own"
+    answers: AnswersConfig | None = None
     shard_rows: int = Field(256, ge=1, le=65536)
     max_length: int = Field(2048, ge=8)
+    truncated_images: Literal["refuse", "keep"] = "refuse"
     on_bad_sample: Literal["fail", "skip"] = "fail"
 
 

@@ -8,6 +8,10 @@ from schemas.errors import ConfigInvalid
 from schemas.sections import Backend, Part
 
 FORMAT = 1
+# No transformers class has this name: stock loading must fail, not leave the mixers out and go on.
+MODEL_TYPE = "decant_hybrid"
+# Where a configuration says what the hybrid is.
+RECORD = "decant"
 
 
 @dataclass(frozen=True)

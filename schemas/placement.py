@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from schemas.sections import Backend, Device, Section, Strategy, Tracker
+from schemas.sections import Backend, Device, Section, Split, Strategy, Tracker
 
 
 class WorkerPlacement(Section):
@@ -16,18 +16,43 @@ class WorkerPlacement(Section):
     accelerator_type: str | None = None
 
 
-class PreparePlacement(Section):
-    """CPU workers; none at all means this process, which is faster for some thousand samples than starting Ray."""
+class PreparePlacement(WorkerPlacement):
+    """Workers; none at all means this process, which is faster for some thousand samples than starting Ray.
+
+    GPUs are of use where the teacher answers (``prepare.answers``), ``batch`` prompts at a time.
+    """
 
     workers: int = Field(1, ge=0)
-    cpus_per_worker: float = Field(1.0, gt=0)
+    batch: int = Field(16, ge=1)
 
 
 class CachePlacement(WorkerPlacement):
-    """Teacher workers, ``batch`` samples a forward, and the CPU workers that decode images for them."""
+    """Teacher workers, ``batch`` samples a forward, and the CPU workers that decode images for them.
+
+    A worker with several GPUs spreads one teacher over them, for teachers too large for one. ``split: layers`` puts
+    whole layers on each, which work in turn; ``tensor`` cuts every matrix, and all work at once, each by a process of
+    its own. Without GPUs there is a process of ``tensor`` for each of the worker's CPUs.
+    """
 
     batch: int = Field(32, ge=1)
     decoders: int = Field(2, ge=1)
+    split: Split = "layers"
+
+    @property
+    def parts(self) -> int:
+        """Over how many devices a worker's teacher is spread."""
+        if self.split == "tensor" and not self.gpus_per_worker:
+            return int(self.cpus_per_worker)
+        return max(1, int(self.gpus_per_worker))
+
+    @model_validator(mode="after")
+    def _divides(self) -> "CachePlacement":
+        amount = self.gpus_per_worker or (self.cpus_per_worker if self.split == "tensor" else 1)
+        if amount > 1 and amount != int(amount):
+            raise ValueError(f"a teacher cannot be split over {amount:g} devices; give a worker a whole number")
+        if self.split == "tensor" and amount < 2:
+            raise ValueError("split: `tensor` needs a worker with several GPUs, or with several CPUs and no GPU")
+        return self
 
 
 class EvaluatePlacement(WorkerPlacement):

@@ -19,6 +19,8 @@ Positions = Literal["response", "text", "all"]
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 # How workers keep trained parameters, gradients and moments: replicated, or sharded as DeepSpeed's ZeRO stages do.
 Strategy = Literal["ddp", "zero1", "zero2", "zero3"]
+# How a teacher is spread over several devices: whole layers on each, or a part of every matrix.
+Split = Literal["layers", "tensor"]
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 # ``name@version`` of an artifact.
 ARTIFACT = r"^[A-Za-z0-9._-]+@[1-9][0-9]*$"

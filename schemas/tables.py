@@ -60,15 +60,16 @@ class Table:
 
 SAMPLES = Table(
     "samples",
-    1,
+    2,
     (
-        Column("sample_id", pa.string(), "digest of the canonical sample: turns, image content, token ids"),
+        Column("sample_id", pa.string(), "digest of the canonical sample: turns, images' contents, token ids"),
         Column("record", pa.string(), "the record's `id` in the user's file"),
         Column("input_ids", pa.large_binary(), "int32[tokens]: token ids, the image token repeated per image position"),
         Column("spans", pa.large_binary(), "int32[spans, 2]: supervised token ranges [start, stop)"),
         Column("tokens", pa.int32(), "number of tokens"),
         Column("response_tokens", pa.int32(), "number of supervised tokens"),
-        Column("image", pa.large_binary(), "the image file's bytes as found", nullable=True),
+        Column("images", pa.large_binary(), "the images' files, one after the other; of one image its file"),
+        Column("image_bytes", pa.large_binary(), "int64[images]: the size of each file"),
     ),
 )
 

@@ -3,7 +3,7 @@
 And the configuration of one at its real size."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -18,6 +18,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
     PhiConfig,
@@ -27,6 +29,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
     SiglipVisionConfig,
@@ -53,9 +57,15 @@ COMMON: dict[str, Any] = {
     "pad_token_id": 0,
 }
 MULTI_HEAD = {**COMMON, "num_key_value_heads": 4}
-CLIP = CLIPVisionConfig(
-    hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
-)
+TOWER: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+CLIP = CLIPVisionConfig(**TOWER)
 
 
 def _gemma2() -> PreTrainedModel:
@@ -78,24 +88,37 @@ def _llava_next() -> PreTrainedModel:
     return LlavaNextForConditionalGeneration(config)
 
 
-def _qwen2_5_vl() -> PreTrainedModel:
-    config = Qwen2_5_VLConfig(
+def _onevision() -> PreTrainedModel:
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**TOWER, vision_use_head=False),
+        text_config=Qwen2Config(**COMMON),
+        image_token_id=IMAGE_TOKEN,
+        video_token_id=94,
+        image_grid_pinpoints=[[28, 28], [28, 56]],
+    )
+    return LlavaOnevisionForConditionalGeneration(config)
+
+
+def _qwen_vl(config: Any, model: Any, **vision: Any) -> PreTrainedModel:
+    made = config(
         text_config={**COMMON, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
-        vision_config={
-            "depth": 2,
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_heads": 2,
-            "out_hidden_size": 32,
-            "patch_size": 14,
-            "fullatt_block_indexes": [1],
-        },
+        vision_config={"depth": 2, "num_heads": 2, "patch_size": 14, **vision},
         image_token_id=IMAGE_TOKEN,
         video_token_id=94,
         vision_start_token_id=93,
         vision_end_token_id=92,
     )
-    return Qwen2_5_VLForConditionalGeneration(config)
+    return cast(PreTrainedModel, model(made))
+
+
+def _qwen2_vl() -> PreTrainedModel:
+    sizes = {"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2}
+    return _qwen_vl(Qwen2VLConfig, Qwen2VLForConditionalGeneration, **sizes)
+
+
+def _qwen2_5_vl() -> PreTrainedModel:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "out_hidden_size": 32, "fullatt_block_indexes": [1]}
+    return _qwen_vl(Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, **sizes)
 
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
@@ -109,11 +132,15 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "gemma2": _gemma2,
     "llava": _llava,
     "llava-next": _llava_next,
+    "llava-onevision": _onevision,
+    "qwen2-vl": _qwen2_vl,
     "qwen2.5-vl": _qwen2_5_vl,
 }
+# Whose positions come from images as well.
+THREE_D = ("qwen2-vl", "qwen2.5-vl")
 # What stands for images, which a random model would generate.
 SPECIAL = [92, 93, 94, IMAGE_TOKEN]
-WITH_IMAGES = ("llava", "llava-next", "qwen2.5-vl")
+WITH_IMAGES = ("llava", "llava-next", "llava-onevision", *THREE_D)
 
 
 def build(family: str, seed: int = 0) -> PreTrainedModel:
@@ -163,7 +190,7 @@ def tokens(*lengths: int, seed: int = 0) -> list[torch.Tensor]:
 def image_prompt(family: str, text: torch.Tensor) -> dict[str, torch.Tensor]:
     """Inputs of a prompt with one image before the text."""
     torch.manual_seed(3)
-    if family == "qwen2.5-vl":
+    if family in THREE_D:
         grid = torch.tensor([[1, 4, 4]])
         placeholders = torch.tensor([93, *[IMAGE_TOKEN] * 4, 92])
         ids = torch.cat([placeholders, text])[None]
@@ -175,11 +202,11 @@ def image_prompt(family: str, text: torch.Tensor) -> dict[str, torch.Tensor]:
             "image_grid_thw": grid,
             "mm_token_type_ids": types,
         }
-    # Llava: 2 × 2 patches. LlavaNext, one view and the whole: those, and two rows of two with a new-line each.
+    # Llava: 2 × 2 patches. Its successors, one view and the whole: those, and two rows of two with a new-line each.
     count = 4 if family == "llava" else 4 + 2 * 3
     ids = torch.cat([torch.full((count,), IMAGE_TOKEN), text])[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 28, 28)}
-    if family == "llava-next":
+    if family != "llava":
         inputs |= {"pixel_values": torch.randn(1, 2, 3, 28, 28), "image_sizes": torch.tensor([[28, 28]])}
     return inputs
 

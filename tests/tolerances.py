@@ -6,6 +6,9 @@ import torch
 FLOAT64 = 1e-10
 # float32 logits of a small model: two orders of summation differ by some units in the last place of values up to ten.
 FLOAT32_LOGITS = 2e-5
+# An imported checkpoint's, of up to 15: the same operations in the same order, but for gelu_new, which is one kernel
+# here and eight operations in the original.
+IMPORTED_LOGITS = 1e-5
 # The same for gradients of sums over a vocabulary: closed forms and autograd round in other places, each to 2^-24 of
 # terms of size one.
 FLOAT32_GRADIENT = 1e-5
@@ -55,3 +58,5 @@ FLOAT32_ENGINES = 5e-6
 # Losses and norms beside a bfloat16 body, where the last bits of float32 decide now and then about one of bfloat16's
 # eight, and stage 3's linear maps add the bias after a rounding of their own: a few times 2^-9, more in a gradient.
 BFLOAT16_ENGINES = 2e-2
+# JPEG at quality 95, in 255ths, in the middle of blocks of one colour: colours are rounded twice and quantised by 2.
+JPEG_LEVELS = 4

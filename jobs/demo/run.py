@@ -8,7 +8,6 @@ from typing import Any
 from rich.console import Console
 
 from jobs.stages import NAMES, load_stage, open_store, run_named
-from pipeline.folders import text_config
 from schemas.config import RunConfig
 from schemas.runfile import dump_run, load_run
 
@@ -67,11 +66,12 @@ def _draw(run: RunConfig, train_scenes: int, test_scenes: int) -> None:
 
 def write_report(run: RunConfig) -> tuple[dict[str, Any], str]:
     """Writes ``report.json`` and ``report.html`` into the store; returns the figures and the page's path."""
+    from pipeline.models import load_config
     from pipeline.report.build import ReportSource, collect, page
     from pipeline.training.loop import LOG
 
     store = open_store(run)
-    vocabulary = text_config(run.teacher.path)["vocab_size"]
+    vocabulary = load_config(run.teacher).get_text_config().vocab_size
     refs = {name: run.ref(name) for name in NAMES}
     report = collect(store, ReportSource(refs, f"{run.ref('distill')}/{LOG}", vocabulary))
     store.write("report.json", (json.dumps(report, indent=1) + "\n").encode())

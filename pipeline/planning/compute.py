@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
-from pipeline.models import body, build_model, connector, decoder, head
+from pipeline.models import body, build_model, connector, decoder, head, load_config
 from pipeline.planning.lengths import Lengths
 from pipeline.vision import feature_width
+from schemas.config import TeacherConfig
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class ModelSize:
         return 2.0 * self.vision * patches + 4.0 * patches * self.tile * self.vision_hidden * self.vision_layers
 
 
-def model_size(path: str) -> ModelSize:
-    """The size of the model in a transformers folder; reads its configuration and no weights."""
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
+def model_size(teacher: str | TeacherConfig) -> ModelSize:
+    """The size of a teacher; reads its configuration and no weights."""
+    config = load_config(teacher)
     with torch.device("meta"):
         model = build_model(config, torch.float32)
     layers, joint = decoder(model), connector(model)

@@ -9,7 +9,8 @@ import numpy as np
 
 from pipeline.data.collate import target_positions
 from pipeline.data.conversations import part_conversations
-from pipeline.data.encoding import EncodedSample, Encoder, read_image
+from pipeline.data.encoding import EncodedSample, Encoder
+from pipeline.data.images import read_images
 from pipeline.data.records import parts
 from pipeline.data.samples import decode_samples
 from pipeline.shards import read_manifest, read_shard
@@ -17,7 +18,7 @@ from pipeline.store import Store
 from pipeline.taps import is_tapped
 from schemas.artifacts import ArtifactRef
 from schemas.config import CacheConfig, PrepareConfig
-from schemas.errors import SampleInvalid
+from schemas.errors import ConfigInvalid, SampleInvalid
 from schemas.sections import Positions
 from schemas.tables import SAMPLES
 
@@ -81,7 +82,7 @@ def prepared_samples(
     few = manifest.rows <= count
     shards = manifest.shards if few else _spread(manifest.shards, SHARDS_SEEN)
     most = -(-count // len(shards))
-    columns = [c.name for c in SAMPLES.columns if images or c.name != "image"]
+    columns = [c.name for c in SAMPLES.columns if images or not c.name.startswith("image")]
     rows: list[EncodedSample] = []
     for info in shards:
         data = read_shard(store, ref, SAMPLES, info, columns)
@@ -103,7 +104,12 @@ def encoded_samples(config: PrepareConfig, encoder: Encoder, count: int = RECORD
 
     Raises:
         SampleInvalid: the file cannot be read; a record cannot be used and bad ones are not to be skipped; or none can.
+        ConfigInvalid: the samples are not the data's, but have the teacher's answers.
     """
+    if config.answers:
+        raise ConfigInvalid(
+            "prepare.answers: how long samples are is known when the teacher has answered; run `decant prepare` first"
+        )
     generator, images = random.Random(SEED), Store(config.images)
     groups = parts(config.data, GROUP)
     rows, tried = [], 0
@@ -113,7 +119,7 @@ def encoded_samples(config: PrepareConfig, encoder: Encoder, count: int = RECORD
             try:
                 if isinstance(item, SampleInvalid):
                     raise item
-                rows.append(encoder.encode(item, read_image(item, images)))
+                rows.append(encoder.encode(item, read_images(item, images, truncated=config.truncated_images)))
             except SampleInvalid:
                 if config.on_bad_sample == "fail":
                     raise

@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PhiConfig, SiglipVisionConfig
 
-from jobs.cache import CALLS, CacheJob, TeacherActor
+from jobs.cache import CALLS, CacheJob, TeacherActor, features_row
 from jobs.demo import teacher_model
 from pipeline.capture import PreparedSample, Teacher
 from pipeline.data.encoding import EncodedSample
@@ -33,7 +32,8 @@ from pipeline.models import body
 from pipeline.shards import fold_manifest, write_shard
 from pipeline.store import Store
 from schemas.artifacts import ArtifactRef
-from schemas.config import CacheConfig, StoreConfig, TapsConfig
+from schemas.config import CacheConfig, StoreConfig, TapsConfig, TeacherConfig
+from schemas.placement import CachePlacement
 from schemas.tables import SAMPLES
 from tests.decoders import tinyllava
 
@@ -81,7 +81,7 @@ def draw_samples(count: int, made: LlavaConfig) -> list[EncodedSample]:
         text = generator.integers(10, 80, generator.integers(100, 641), dtype=np.int32)
         ids = np.concatenate([text[:40], image, text[40:]])
         start = len(ids) - int(len(text) * generator.uniform(1 / 3, 1 / 2))
-        samples.append(EncodedSample(f"{i:032x}", str(i), ids, np.array([[start, len(ids)]], np.int32), b"-", False))
+        samples.append(EncodedSample(f"{i:032x}", str(i), ids, np.array([[start, len(ids)]], np.int32), (b"-",)))
     return samples
 
 
@@ -112,23 +112,20 @@ class Bench:
             store=StoreConfig(url=self.folder),
             samples=SOURCE,
             targets=ArtifactRef("cache", "bench", number),
-            teacher=f"{self.folder}/teacher",
+            teacher=TeacherConfig(path=f"{self.folder}/teacher"),
             config=cache,
             tapped=LAYERS if taps.fraction else (),
             fingerprint="f",
             device="cpu" if self.given.small else "cuda",
-            batch=self.given.batch,
+            place=CachePlacement(batch=self.given.batch),
             threads=torch.get_num_threads(),
         )
         return TeacherActor(job)
 
     def captured(self, actor: TeacherActor) -> float:
         """All shards through one worker, as Ray calls it; tokens a second between the first commit and the last."""
-        pixels = pa.array([self.pixels.tobytes()], pa.large_binary())
-        rows = [
-            pa.table({"shard": [i], "pixels": pixels, "shape": [list(self.pixels.shape)]})
-            for i in range(self.given.shards)
-        ]
+        features = [{"pixel_values": image[None]} for image in self.pixels]
+        rows = [features_row(i, features) for i in range(self.given.shards)]
 
         def commit(index: int) -> tuple[float, int]:
             actor(rows[index])
@@ -142,7 +139,7 @@ class Bench:
         """All shards' forwards without keeping anything; tokens a second."""
         started = time.perf_counter()
         for shard in self.shards():
-            prepared = [PreparedSample(s, p) for s, p in zip(shard, self.pixels, strict=True)]
+            prepared = [PreparedSample(s, {"pixel_values": p[None]}) for s, p in zip(shard, self.pixels, strict=True)]
             prepared.sort(key=lambda p: len(p.sample.input_ids))
             with torch.no_grad():
                 for at in range(0, len(prepared), teacher.batch):

@@ -12,10 +12,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from jobs.stages import layer_plan, open_store, run_named, tapped_layers, teacher_path
+from jobs.sources import sources_of
+from jobs.stages import layer_plan, open_store, run_named
+from pipeline.data.processors import load_processor
 from pipeline.initialise import initialise, match_gain
 from pipeline.mixer import Mamba2Mixer
-from pipeline.models import decoder, load_model, load_processor
+from pipeline.models import decoder, head, load_model
 from pipeline.student import has_bias
 from pipeline.surgery import mixer_dims
 from pipeline.training.batches import CachedBatches
@@ -58,16 +60,11 @@ def main() -> None:
     run = load_run(arguments.run_file, [*arguments.overrides, *SETTINGS])
     for stage in ("prepare", "cache"):
         run_named(stage, run, Console(file=io.StringIO()))
-    teacher = load_model(teacher_path(run), torch.float32, torch.device("cpu"))
+    teacher = load_model(run.teacher, torch.float32, torch.device("cpu"))
     layers = layer_plan(run).replaced
+    processor = load_processor(run.teacher)
     batches = CachedBatches(
-        open_store(run),
-        run.ref("prepare"),
-        run.ref("cache"),
-        run.cache,
-        tapped_layers(run),
-        layers,
-        load_processor(teacher_path(run)),
+        open_store(run), run.ref("prepare"), sources_of(run), layers, processor, head(teacher).out_features
     )
     taps = batches.first_taps(CALIBRATION_SAMPLES + MEASURED)
     print(f"| layer | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")

@@ -93,7 +93,7 @@ class Pair:
         self.student = self._student()
         found = mixers(self.student)
         layer = LayerObjective(found, RECIPE, dict.fromkeys(found, 1.0), None)
-        self.objective = DistillObjective(self.student, layer, LossWeights(), TEMPERATURE, RECIPE)
+        self.objective = DistillObjective(self.student, layer, LossWeights(), [(1.0, TEMPERATURE)], RECIPE)
         self.trained = self._train()
         mix_precision(self.student, DEFAULT_PARTS, device)
         how = OptimizerRecipe(RECIPE.betas, RECIPE.weight_decay, RECIPE.clip)

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from jobs.demo.data import write_split
-from pipeline.data.collate import pad_tokens, pixel_values, target_positions
+from pipeline.data.collate import image_features, model_inputs, pad_tokens, target_positions
 from pipeline.data.conversations import read_conversations
-from pipeline.data.encoding import Encoder, read_image
+from pipeline.data.encoding import Encoder
+from pipeline.data.images import read_images
+from pipeline.data.processors import load_processor
 from pipeline.losses import full_kl, target_kl
-from pipeline.models import body, head, load_model, load_processor
+from pipeline.models import body, head, load_model
 from pipeline.ops.opset import TORCH
 from pipeline.store import Store
 from pipeline.student import build_student
@@ -83,13 +85,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_split(Path(folder) / "train.json", "train", count, 0)
         encoder = Encoder(processor, 128)
-        samples = [encoder.encode(c, read_image(c, Store(folder))) for c in read_conversations(f"{folder}/train.json")]
+        samples = [
+            encoder.encode(c, read_images(c, Store(folder), truncated="refuse"))
+            for c in read_conversations(f"{folder}/train.json")
+        ]
     ids, mask = pad_tokens([s.input_ids for s in samples], 0)
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "pixel_values": pixel_values(processor, [s.image for s in samples]),
-    }
+    features = [image_features(processor, s.images) for s in samples]
+    inputs = model_inputs(ids, features, processor.image_token_id) | {"attention_mask": mask}
     teacher = load_model(TEACHER, torch.float32, CPU)
     student = build_student(TEACHER, LayerPlan(8, (0, 4)), "mimic", 0, torch.float32, CPU, TORCH)
     parameters = [student.get_parameter(n).requires_grad_() for n in trainable_names(student)]

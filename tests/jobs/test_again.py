@@ -76,7 +76,7 @@ PREPARED: dict[str, tuple[Callable[[Made], None], str]] = {
     "chat template": (lambda made: made.append(TEMPLATE), f"settings.processor.{TEMPLATE}: "),
     "image processor": (lambda made: made.edit(*CONVERSION, value=False), f"settings.processor.{IMAGES}: "),
     "length": (lambda made: made.settings["prepare"].update(max_length=64), "settings.max_length: 128 -> 64"),
-    "table": (lambda made: made.other_table(jobs.prepare, "SAMPLES"), 'settings.table: "samples@1" -> "samples@2"'),
+    "table": (lambda made: made.other_table(jobs.prepare, "SAMPLES"), 'settings.table: "samples@2" -> "samples@3"'),
 }
 CACHED: dict[str, tuple[Callable[[Made], None], str]] = {
     "weights": (lambda made: tiny_model(seed=1).save_pretrained(made.teacher), "settings.teacher.weights: "),

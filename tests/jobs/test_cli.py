@@ -85,8 +85,7 @@ def broken_data(settings: dict[str, Any], folder: Path, kind: str) -> str:
     if kind == "image missing":
         records[5]["image"] = "images/train/none.png"
     elif kind == "image broken":
-        (folder / "broken.png").write_bytes(b"not a picture")
-        records[5]["image"] = str(folder / "broken.png")
+        records[5]["image"] = Path(settings["prepare"]["data"]).name
     elif kind == "no answer":
         records[5]["conversations"] = records[5]["conversations"][:1]
     elif kind == "empty":
@@ -100,7 +99,7 @@ def broken_data(settings: dict[str, Any], folder: Path, kind: str) -> str:
     ("kind", "says"),
     [
         ("image missing", ["record train-000005: image:", "none.png: No such file"]),
-        ("image broken", ["record train-000005: image:", "broken.png: cannot be decoded"]),
+        ("image broken", ["record train-000005: image:", "train.json: cannot be decoded"]),
         ("no answer", ["record 5 (id train-000005): conversations: the conversation has no answer"]),
         ("empty", ["the data set is empty"]),
     ],

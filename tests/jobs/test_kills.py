@@ -32,7 +32,7 @@ from tests.processes import OUTPUT, PATIENCE, running_in, started, wait_until
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 QUIET = Console(file=io.StringIO())
 # What the workers of each stage that is killed call themselves.
-WORKERS = {"cache": "TeacherActor", "prepare": "prepare_row"}
+WORKERS = {"cache": "TeacherActor", "prepare": "PrepareWorker"}
 # What the other victims' command lines hold.
 VICTIMS = {"driver": "-m jobs.cli", "raylet": "raylet/raylet", "control store": "gcs/gcs_server"}
 ROUNDS = {

@@ -94,15 +94,20 @@ def test_files_are_llava_conversations_with_families_in_turn(tmp_path: Path) -> 
 def test_teacher_trains_on_the_very_tokens_that_prepare_makes(scenes_folder: Path) -> None:
     from jobs.demo import train_teacher
     from pipeline.data.conversations import read_conversations
-    from pipeline.data.encoding import Encoder, read_image
+    from pipeline.data.encoding import Encoder
+    from pipeline.data.images import read_images
+    from pipeline.data.processors import Processor
     from pipeline.store import Store
 
-    encoder, strokes = Encoder(teacher_model.build_processor(), 128), Strokes("train")
+    whole = teacher_model.build_processor()
+    encoder, strokes = Encoder(Processor(whole.tokenizer, whole.chat_template, whole), 128), Strokes("train")
     drawn, samples = [], []
     for index, conversation in enumerate(read_conversations(str(scenes_folder / "train.json"))):
         family = list(FAMILIES)[index % len(FAMILIES)]
         drawn.append(draw_sample(strokes, sample_rng("train", 0, index), family, augment=True))
-        samples.append(encoder.encode(conversation, read_image(conversation, Store(str(scenes_folder)))))
+        samples.append(
+            encoder.encode(conversation, read_images(conversation, Store(str(scenes_folder)), truncated="refuse"))
+        )
     batch = train_teacher.encode(encoder.tokenizer, drawn)
     for ids, labels, sample in zip(batch["ids"].numpy(), batch["labels"].numpy(), samples, strict=True):
         ((start, stop),) = sample.spans

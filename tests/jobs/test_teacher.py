@@ -10,17 +10,20 @@ import torch
 
 from jobs.demo.data import write_split
 from pipeline.capture import PreparedSample, Teacher
-from pipeline.data.collate import pad_tokens, pixel_values, target_positions
+from pipeline.data.collate import image_features, model_inputs, pad_tokens, target_positions
 from pipeline.data.encoding import Encoder
+from pipeline.data.processors import load_processor
 from pipeline.evaluation import Question, answer, read_questions, score
+from pipeline.hub import as_teacher
 from pipeline.losses import full_kl, target_kl
-from pipeline.models import body, decoder, head, load_model, load_processor
+from pipeline.models import body, decoder, head, load_model
 from pipeline.ops.opset import TORCH
 from pipeline.student import build_student
 from pipeline.taps import recorded
 from pipeline.targets import decode
 from schemas.config import CacheConfig, EvaluateConfig, SampledTargets
 from schemas.layers import LayerPlan
+from schemas.placement import CachePlacement
 from tests.bench.initialisation import error
 from tests.tolerances import FLOAT32_LOGITS
 
@@ -55,10 +58,12 @@ def test_mimic_starts_nearer_to_the_teacher_than_matvlm_in_every_layer(questions
     model = load_model(TEACHER, torch.float32, torch.device("cpu"))
     rows = [q.sample for q in questions[:48]]
     ids, mask = pad_tokens([row.input_ids for row in rows], 0)
-    pixels = pixel_values(load_processor(TEACHER), [row.image for row in rows])
+    processor = load_processor(TEACHER)
+    features = [image_features(processor, row.images) for row in rows]
     layers: Any = decoder(model).layers
     with recorded(layers, tuple(range(8))) as taps:
-        body(model)(input_ids=ids, attention_mask=mask, pixel_values=pixels, use_cache=False)
+        inputs = model_inputs(ids, features, processor.image_token_id)
+        body(model)(**inputs, attention_mask=mask, use_cache=False)
     for i, (value_in, value_out) in taps.items():
         pairs = [
             (u[: len(row.input_ids)], a[: len(row.input_ids)])
@@ -79,11 +84,9 @@ def test_mean_gradient_of_the_cached_draws_converges_to_that_of_the_whole_distri
 ) -> None:
     seeds, draws = 64, 50
     processor, rows, z = load_processor(TEACHER), [q.sample for q in questions[:6]], []
-    pixels = pixel_values(processor, [row.image for row in rows])
-    assert pixels is not None
-    samples = [PreparedSample(row, p) for row, p in zip(rows, pixels.numpy(), strict=True)]
+    samples = [PreparedSample(row, image_features(processor, row.images)) for row in rows]
     config = CacheConfig(targets=SampledTargets(draws=draws, temperature=temperature), positions="text")
-    teacher = Teacher(TEACHER, config, (), "cpu", 6)
+    teacher = Teacher(as_teacher(TEACHER), config, (), "cpu", CachePlacement(batch=6))
     with torch.no_grad():
         hidden_BLD = body(teacher.model)(**teacher.inputs(samples), use_cache=False).last_hidden_state
         for row, s in zip(hidden_BLD, samples, strict=True):

@@ -14,7 +14,18 @@ from pipeline.data.collate import pad_tokens
 from pipeline.models import body
 from pipeline.student import save_hybrid
 from schemas.errors import ConfigInvalid
-from tests.decoders import FAMILIES, IMAGE_TOKEN, LAYERS, SPECIAL, WITH_IMAGES, build, hybrid, image_prompt, tokens
+from tests.decoders import (
+    FAMILIES,
+    IMAGE_TOKEN,
+    LAYERS,
+    SPECIAL,
+    THREE_D,
+    WITH_IMAGES,
+    build,
+    hybrid,
+    image_prompt,
+    tokens,
+)
 from tests.tolerances import CACHED_LOGITS, FLOAT64_LOGITS, PADDED_LOGITS
 
 PLANS = [(0,), (1, 3), tuple(range(LAYERS))]
@@ -82,7 +93,7 @@ def left_padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
 def test_packed_sequences_give_each_ones_own_logits(family: str, replaced: tuple[int, ...], dtype: torch.dtype) -> None:
     model, rows = make(family, replaced, dtype), tokens(5, 11, 1, 4)
     positions = torch.cat([torch.arange(len(r)) for r in rows])[None]
-    if family == "qwen2.5-vl":  # text positions first, then time, height and width
+    if family in THREE_D:  # text positions first, then time, height and width
         positions = positions[None].expand(4, 1, -1)
     packed = model(input_ids=torch.cat(rows)[None], position_ids=positions, use_cache=False).logits[0]
     alone = torch.cat([model(input_ids=r[None]).logits[0] for r in rows])

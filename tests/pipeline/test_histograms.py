@@ -106,7 +106,7 @@ def test_large_artifacts_are_sampled_evenly(run: RunConfig, monkeypatch: pytest.
 
 
 def test_another_version_of_the_table_is_refused_by_name(run: RunConfig) -> None:
-    with pytest.raises(ArtifactDrift, match="expected table samples version 1, got targets version 2"):
+    with pytest.raises(ArtifactDrift, match="expected table samples version 2, got targets version 2"):
         shards_of(Store(run.store.url), run.ref("cache"), SAMPLES)
 
 

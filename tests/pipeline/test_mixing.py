@@ -19,7 +19,7 @@ from pipeline.training.batch import Batch, TapBatch, Totals
 from pipeline.training.mixing import MatrixObjective, matrix_loss, mixing_matrix, require_matrix
 from pipeline.training.recompute import TeacherLayers
 from schemas.hybrid import MixerDims
-from tests.decoders import FAMILIES, build, randomise, tokens
+from tests.decoders import FAMILIES, THREE_D, build, randomise, tokens
 from tests.tolerances import FLOAT32_LOGITS, FLOAT64
 
 KINDS = {
@@ -63,7 +63,7 @@ def test_gradients_through_the_matrix_are_the_scans(kind: str) -> None:
         torch.testing.assert_close(one, other, rtol=FLOAT64, atol=FLOAT64)
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "qwen2.5-vl"])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in THREE_D])
 @torch.no_grad()
 def test_recomputed_weights_are_the_teachers(family: str) -> None:
     """A right-padded batch through the whole teacher with eager attention, and each layer's module on its input."""

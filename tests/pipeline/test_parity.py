@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import pipeline.training.loop
-from jobs.stages import layer_plan, teacher_path
+from jobs.stages import layer_plan
 from jobs.train import train_job, train_student
 from pipeline.models import body, decoder, head, load_model
 from pipeline.ops.opset import TORCH
@@ -66,9 +66,9 @@ def online(run: RunConfig) -> Iterator[tuple[float, dict[str, Tensor]]]:
     Micro-batches of one sample; KL with `batchmean`, a sum over all positions; the unsquared Frobenius norm of what
     each replaced layer does otherwise than the teacher's on the teacher's input; AdamW without decay on 1-D parameters.
     """
-    teacher = load_model(teacher_path(run), torch.bfloat16, WORKER.device)
+    teacher = load_model(run.teacher, torch.bfloat16, WORKER.device)
     plan = layer_plan(run)
-    student = build_student(teacher_path(run), plan, "matvlm", 0, torch.float32, WORKER.device, TORCH)
+    student = build_student(run.teacher, plan, "matvlm", 0, torch.float32, WORKER.device, TORCH)
     trained = {n: student.get_parameter(n).requires_grad_() for n in trainable_names(student)}
     groups = [[p for p in trained.values() if (p.dim() > 1) == decays] for decays in (True, False)]
     optimizer = torch.optim.AdamW(
@@ -147,8 +147,8 @@ def test_first_ten_steps_from_the_cache_are_those_of_the_online_loop(
 @torch.no_grad()
 def test_layer_outputs_differ_by_what_mixer_and_attention_do(run: RunConfig) -> None:
     """MaTVLM compares whole layers; residual, norm and feed-forward are the same in both and fall out."""
-    teacher = load_model(teacher_path(run), torch.float32, WORKER.device)
-    student = build_student(teacher_path(run), layer_plan(run), "matvlm", 0, torch.float32, WORKER.device, TORCH)
+    teacher = load_model(run.teacher, torch.float32, WORKER.device)
+    student = build_student(run.teacher, layer_plan(run), "matvlm", 0, torch.float32, WORKER.device, TORCH)
     layers: Any = decoder(teacher).layers
     state = torch.randn(1, 12, 32, generator=torch.Generator().manual_seed(0))
     rotary = decoder(teacher).rotary_emb(state, torch.arange(12)[None])  # type: ignore[operator]

@@ -11,9 +11,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from jobs.plan import rates_file
-from jobs.stages import layer_plan, tapped_layers, teacher_path
+from jobs.stages import layer_plan, tapped_layers
 from pipeline.data.encoding import Encoder
-from pipeline.models import load_model, load_processor
+from pipeline.data.processors import load_processor
+from pipeline.models import load_model
 from pipeline.planning.compute import ModelSize, model_size
 from pipeline.planning.costs import LEAST_SLICE, Cost, cost
 from pipeline.planning.lengths import Lengths, encoded_samples, measure, prepared_samples
@@ -187,7 +188,7 @@ def test_flops_are_those_that_torch_counts() -> None:
 def test_planned_bytes_are_those_of_the_written_cache(run_of: RunOf, cache: dict[str, Any]) -> None:
     run = run_of(cache=cache, prepare={**run_of().prepare.model_dump(), "shard_rows": 16})
     store = make_cache(run)
-    size, processor = model_size(teacher_path(run)), load_processor(teacher_path(run))
+    size, processor = model_size(run.teacher), load_processor(run.teacher)
     rows, total = prepared_samples(store, run.ref("prepare"))
     lengths = measure(rows, total, run.cache, processor.image_token_id)
     found = signals(size, lengths, run.cache, 16, tapped_layers(run), layer_plan(run).replaced)
@@ -197,7 +198,7 @@ def test_planned_bytes_are_those_of_the_written_cache(run_of: RunOf, cache: dict
 
 def test_lengths_before_prepare_are_those_after_it(run_of: RunOf) -> None:
     run = run_of()
-    processor = load_processor(teacher_path(run))
+    processor = load_processor(run.teacher)
     encoder = Encoder(processor, run.prepare.max_length)
     before = measure(*encoded_samples(run.prepare, encoder), run.cache, processor.image_token_id)
     store = make_cache(run)
@@ -214,7 +215,7 @@ def test_part_of_a_table_comes_from_all_over_it(run_of: RunOf) -> None:
     store = make_cache(run)
     part, total = prepared_samples(store, run.ref("prepare"), 20, images=True)
     assert (len(part), total) == (20, 40)
-    assert all(sample.image for sample in part)
+    assert all(sample.images for sample in part)
     numbers = [int(sample.record.removeprefix("train-")) for sample in part]
     assert sorted({n // 4 for n in numbers}) == list(range(10))
     assert numbers != sorted(numbers)
@@ -228,7 +229,7 @@ def test_unusable_records_are_left_out_of_the_estimate(run_of: RunOf, tmp_path: 
     good = {"conversations": [{"from": "human", "value": "two"}, turns[1]]}
     data.write_text("".join(json.dumps(r) + "\n" for r in (good, bad, {}, good)))
     run = run_of(prepare={**run_of().prepare.model_dump(), "data": str(data), "on_bad_sample": "skip"})
-    encoder = Encoder(load_processor(teacher_path(run)), run.prepare.max_length)
+    encoder = Encoder(load_processor(run.teacher), run.prepare.max_length)
     rows, total = encoded_samples(run.prepare, encoder)
     assert (len(rows), total) == (2, 2)
     strict = run.prepare.model_copy(update={"on_bad_sample": "fail"})

@@ -106,10 +106,7 @@ def test_samples_held_out_are_watched_and_never_trained_on(run_of: RunOf, kind: 
     watched = [e for e in seen if "held_out_kl" in e]
     assert [e["step"] for e in watched] == [2, 4, 6]
     assert all(e["kind"] == "distill" and 0 <= e["held_out_top1"] <= 1 for e in watched)
-    batches = batches_of(run)
-    index = type(batches.index)(
-        batches.store, run.ref("prepare"), run.ref("cache"), run.cache, batches.table, VALIDATION["fraction"]
-    )
+    index = batches_of(run).index
     held = {tuple(i) for i in index.first("held_out", 100)}
     assert 0 < len(held) < 40
     assert all(is_held_out(index.ids[s][r], VALIDATION["fraction"]) for s, r in held)

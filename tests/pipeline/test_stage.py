@@ -27,7 +27,8 @@ def columns(rows: int = 2) -> dict[str, list[Any]]:
         "spans": [b"\0\0\0\0\1\0\0\0"] * rows,
         "tokens": [1] * rows,
         "response_tokens": [1] * rows,
-        "image": [None if i else b"png" for i in range(rows)],
+        "images": [b"" if i else b"png" for i in range(rows)],
+        "image_bytes": [b"" if i else b"\3\0\0\0\0\0\0\0" for i in range(rows)],
     }
 
 

@@ -10,10 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
 from pipeline.matvlm import load_matvlm
-from pipeline.models import head
+from pipeline.models import add_head_bias, head
 from pipeline.ops.opset import TORCH
 from pipeline.student import (
-    add_head_bias,
     build_student,
     load_hybrid,
     load_trained,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,13 +23,15 @@ from transformers.models.llava.modeling_llava import LlavaModel
 import pipeline.capture
 import pipeline.store
 from jobs import cache, distill, prepare
-from jobs.stages import layer_plan, open_store, tapped_layers, teacher_path
+from jobs.sources import sources_of
+from jobs.stages import layer_plan, open_store, tapped_layers
 from jobs.train import INITIAL, WEIGHTS, train_job, train_student
 from pipeline.activations import decode_activation
 from pipeline.data.collate import pad_tokens
+from pipeline.data.processors import load_processor
 from pipeline.losses import full_kl, target_kl
 from pipeline.mixer import Mamba2Mixer
-from pipeline.models import body, decoder, head, load_model, load_processor
+from pipeline.models import body, decoder, head, load_config, load_model
 from pipeline.ops.opset import TORCH
 from pipeline.shards import column_bytes, fold_manifest, read_manifest, read_shard, uncommitted
 from pipeline.stage import Stage, require, run_stage
@@ -46,7 +49,7 @@ from schemas.errors import ConfigInvalid
 from schemas.manifest import MANIFEST
 from schemas.recipe import AlignPhase, AnyPhase, DistillPhase
 from schemas.tables import STATISTICS, targets_table
-from tests.decoders import FAMILIES, build, tokens
+from tests.decoders import FAMILIES, THREE_D, build, tokens
 from tests.flaky import FlakyFileSystem
 from tests.tolerances import BFLOAT16_RELATIVE, FLOAT16_LOGPROB, FLOAT32_LOGITS
 
@@ -56,9 +59,13 @@ RunOf = Callable[..., RunConfig]
 
 def make_cache(run: RunConfig) -> Store:
     """Runs `prepare` and, in this process, what the Ray actors of `cache` run."""
-    store = open_store(run)
-    run_stage(store, prepare.stage(run))
-    planned = cache.stage(run)
+    run_stage(open_store(run), prepare.stage(run))
+    return make_targets(run)
+
+
+def make_targets(run: RunConfig) -> Store:
+    """Runs, in this process, what the Ray actors of `cache` run, over samples that there are."""
+    store, planned = open_store(run), cache.stage(run)
 
     def work(store: Store, fingerprint: str) -> dict[str, Any]:
         job = cache.cache_job(run, fingerprint)
@@ -66,6 +73,7 @@ def make_cache(run: RunConfig) -> Store:
         actor = cache.TeacherActor(job)
         for index in uncommitted(store, job.targets, count):
             actor(cache.decode_shard(pa.table({"shard": [index]}), job))
+        actor.teacher.close()
         fold_manifest(store, job.targets, targets_table(job.config, job.tapped), count, fingerprint)
         return {}
 
@@ -112,11 +120,19 @@ def whole_step(batches: CachedBatches, phase: AnyPhase, step: int = 0) -> Batch:
 
 def batches_of(run: RunConfig, layers: tuple[int, ...] | None = None) -> CachedBatches:
     store = open_store(run)
-    processor = load_processor(teacher_path(run))
-    tapped = tapped_layers(run)
+    processor = load_processor(run.teacher)
     layers = layer_plan(run).replaced if layers is None else layers
-    refs = run.ref("prepare"), run.ref("cache")
-    return CachedBatches(store, *refs, run.cache, tapped, layers, processor, micro_batch=4)
+    vocabulary = load_config(run.teacher).get_text_config().vocab_size
+    return CachedBatches(
+        store,
+        run.ref("prepare"),
+        sources_of(run),
+        layers,
+        processor,
+        vocabulary,
+        micro_batch=4,
+        held_out=run.distill.validation.fraction,
+    )
 
 
 class Killed(BaseException):
@@ -161,7 +177,7 @@ def test_training_never_calls_the_teacher(run_of: RunOf, monkeypatch: pytest.Mon
     monkeypatch.setattr(LlavaModel, "forward", students_only)
     monkeypatch.setattr(pipeline.capture.Teacher, "__init__", no_teacher)
     with pytest.raises(AssertionError, match="the teacher was called"):
-        body(load_model(teacher_path(run), torch.float32, WORKER.device))(input_ids=torch.tensor([[5]]))
+        body(load_model(run.teacher, torch.float32, WORKER.device))(input_ids=torch.tensor([[5]]))
     assert train(run)
 
 
@@ -198,7 +214,7 @@ def test_batch_holds_what_the_teacher_said(run_of: RunOf) -> None:
     make_cache(run)
     phase = DistillPhase(kind="distill", steps=1, batch=6)
     batch = whole_step(batches_of(run), phase)
-    teacher = load_model(teacher_path(run), torch.float32, WORKER.device)
+    teacher = load_model(run.teacher, torch.float32, WORKER.device)
     assert batch.positions is not None
     assert batch.targets is not None
     assert batch.taps is not None
@@ -348,7 +364,7 @@ def test_matvlm_initialisation_trains_as_well(run_of: RunOf) -> None:
     run = run_of(student={"layers": {"list": [1, 3]}, "init": "matvlm"})
     make_cache(run)
     trained = train(run)
-    model = build_student(teacher_path(run), layer_plan(run), "matvlm", 0, torch.float32, WORKER.device, TORCH)
+    model = build_student(run.teacher, layer_plan(run), "matvlm", 0, torch.float32, WORKER.device, TORCH)
     assert set(trained) <= {n for n, _ in model.named_parameters()}
     assert not any(n.endswith("in_proj.bias") for n in trained)
 
@@ -357,7 +373,7 @@ def test_norms_and_feed_forward_of_the_replaced_layer_train_where_asked(run_of: 
     run = run_of(student={"layers": {"list": [1]}, "train": ["mixers", "norms", "mlp"]})
     make_cache(run)
     trained = train(run)
-    teacher = load_model(teacher_path(run), torch.float32, WORKER.device)
+    teacher = load_model(run.teacher, torch.float32, WORKER.device)
     frozen_before = {n: p for n, p in teacher.named_parameters() if n in trained}
     layer = "model.language_model.layers.1."
     assert {n.removeprefix(layer).split(".")[0] for n in trained} == {"self_attn", "mlp", "input_layernorm"}
@@ -383,8 +399,8 @@ def test_cached_loss_is_the_live_teachers(run_of: RunOf, kind: str, positions: s
     batch = whole_step(batches_of(run, layers=()), DistillPhase(kind="distill", steps=1, batch=6))
     assert batch.positions is not None
     assert batch.targets is not None
-    teacher = load_model(teacher_path(run), torch.float32, WORKER.device)
-    student = build_student(teacher_path(run), layer_plan(run), "mimic", 0, torch.float32, WORKER.device, TORCH)
+    teacher = load_model(run.teacher, torch.float32, WORKER.device)
+    student = build_student(run.teacher, layer_plan(run), "mimic", 0, torch.float32, WORKER.device, TORCH)
     with torch.no_grad():
         states = [body(m)(**batch.inputs, use_cache=False).last_hidden_state for m in (teacher, student)]
         theirs, ours = (s[batch.positions[:, 0], batch.positions[:, 1]] for s in states)
@@ -394,7 +410,7 @@ def test_cached_loss_is_the_live_teachers(run_of: RunOf, kind: str, positions: s
     assert positions != "all" or live.numel() == batch.totals.tokens
     assert batch.gold is not None
     gold = batch.gold
-    image = load_processor(teacher_path(run)).image_token_id
+    image = load_processor(run.teacher).image_token_id
     assert bool((gold == image).any()) == (positions == "all")
     if kind == "top_k":  # lumping outcomes together can only lose divergence
         assert 0 < float(cached) <= float(live.sum())
@@ -429,7 +445,7 @@ def test_cache_on_a_store_that_fails_now_and_then_has_the_same_bytes_and_trains(
     assert len(FlakyFileSystem.failures) >= 5
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "qwen2.5-vl"])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in THREE_D])
 @torch.no_grad()
 def test_recomputed_outputs_are_the_teachers(family: str) -> None:
     """A right-padded batch through the whole teacher, and each layer's attention alone on its input."""
@@ -514,7 +530,7 @@ def test_rejects_survive_a_kill_and_a_shard_of_nothing_else_is_no_obstacle(
     rejects = pq.read_table(folder / "rejects.parquet").to_pylist()
     assert [r["record"] for r in rejects] == [4, 5, 6, 7, 9]
     assert rejects[0]["file"] == str(data)
-    assert rejects[0]["reason"].endswith("image: nowhere.png: No such file or directory")
+    assert rejects[0]["reason"].endswith("image: nowhere.png: No such file")
     assert str(tmp_path) not in rejects[0]["reason"]
     before = {p.name: p.read_bytes() for p in folder.glob("*.parquet")}
     for name in ("record.json", "rejects.parquet", "shard-000002.parquet"):
@@ -523,6 +539,14 @@ def test_rejects_survive_a_kill_and_a_shard_of_nothing_else_is_no_obstacle(
     assert {p.name: p.read_bytes() for p in folder.glob("*.parquet")} == before
     assert require(store, run.ref("prepare")).result == done.result
     assert all(bool(t.isfinite().all()) for t in train(run).values())
+
+
+def drawn(row: dict[str, Any]) -> Counter[tuple[int, int]]:
+    """How often each (position, id) was drawn."""
+    positions = np.repeat(np.arange(row["positions"]), np.frombuffer(row["n_unique"], "u1"))
+    ids = np.frombuffer(row["ids"], row["ids_dtype"])
+    pairs = zip(positions.tolist(), ids.tolist(), strict=True)
+    return Counter(dict(zip(pairs, np.frombuffer(row["counts"], "u1").tolist(), strict=True)))
 
 
 @pytest.mark.gpu
@@ -536,11 +560,15 @@ def test_cache_from_a_gpu_is_the_cpus_up_to_rounding(run_of: RunOf, tmp_path: Pa
     )
     table, ref = targets_table(here.cache, tapped_layers(here)), here.ref("cache")
     mine, theirs = make_cache(here), make_cache(there)
+    moved = 0
     for info, other in zip(read_manifest(mine, ref).shards, read_manifest(theirs, ref).shards, strict=True):
         one, two = (read_shard(s, ref, table, i).to_pylist() for s, i in ((mine, info), (theirs, other)))
         for a, b in zip(one, two, strict=True):
-            # a draw changes where rounding moves the distribution across it: one of a million
-            assert all(a.get(name) == b.get(name) for name in ("sample_id", "positions", "ids", "counts", "n_unique"))
+            assert (a["sample_id"], a["positions"]) == (b["sample_id"], b["positions"])
+            if kind == "sampled":
+                moved += (drawn(a) - drawn(b)).total()
+            elif kind == "top_k":
+                assert a["ids"] == b["ids"]
             for name, dtype in {**STATISTICS, "logprobs": "<f2"}.items():
                 values = [
                     torch.from_numpy(np.frombuffer(row[name], dtype).astype("f4")) for row in (a, b) if name in row
@@ -553,3 +581,5 @@ def test_cache_from_a_gpu_is_the_cpus_up_to_rounding(run_of: RunOf, tmp_path: Pa
                     for row in (a, b)
                 ]  # type: ignore[arg-type]
                 assert float((values[0] - values[1]).norm() / values[0].norm()) < BFLOAT16_RELATIVE
+    # a draw moves where rounding takes the distribution across it, one of a million; of these 170,000 five never do
+    assert moved < 5

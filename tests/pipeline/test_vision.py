@@ -13,9 +13,11 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, PhiConfig, 
 from jobs import cache
 from jobs.audit import audit_cache
 from jobs.inspect import verify_run
-from jobs.stages import open_store, teacher_path
-from pipeline.data.collate import pixel_values
-from pipeline.models import body, connector, load_model, load_processor
+from jobs.stages import open_store
+from pipeline.data.collate import image_features
+from pipeline.data.processors import Processor, load_processor
+from pipeline.data.samples import images_of
+from pipeline.models import body, connector, load_model
 from pipeline.shards import Row, column_bytes, read_manifest, read_shard, rows_of
 from pipeline.vision import features_of, feed_features, recorded_features, vision_inputs
 from schemas.config import RunConfig
@@ -59,31 +61,33 @@ def features_now(model: PreTrainedModel, pixels: Tensor) -> Tensor:
     return chosen[:, 1:] if config.vision_feature_select_strategy == "default" else chosen
 
 
+def pixels_of(processor: Processor, sample: Any) -> torch.Tensor:
+    return torch.from_numpy(image_features(processor, images_of(sample))["pixel_values"])
+
+
 @torch.no_grad()
 def test_cached_features_are_the_towers_output_and_rows_without_image_have_none(
     run_of: RunOf, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     run = run_of(cache={"vision": "bfloat16"}, prepare=some_without_images(settings, tmp_path))
     make_cache(run)
-    model, processor = load_model(teacher_path(run), torch.float32, CPU), load_processor(teacher_path(run))
+    model, processor = load_model(run.teacher, torch.float32, CPU), load_processor(run.teacher)
     seen = []
     for sample, target in cached(run):
-        if sample["image"] is None:
+        if not sample["images"]:
             assert (target["patches"], target[VISION], features_of(target)) == (0, None, None)
             continue
         seen.append(target)
-        pixels = pixel_values(processor, [sample["image"]])
-        assert pixels is not None
+        pixels = pixels_of(processor, sample)
         found, expected = features_of(target), features_now(model, pixels)[0]
         assert found is not None
         assert found.dtype == torch.bfloat16
         assert found.shape == expected.shape == (64, 32)
         torch.testing.assert_close(found.float(), expected, rtol=BFLOAT16_RELATIVE, atol=FLOAT32_LOGITS)
     assert len(seen) == 3
-    stacked = vision_inputs([target for _, target in cached(run)])
-    assert stacked is not None
+    stacked = vision_inputs([target for _, target in cached(run)], 64)["pixel_values"]
     assert all(torch.equal(one, features_of(row)) for one, row in zip(stacked, seen, strict=True))
-    assert vision_inputs([target for _, target in cached(run)][:4]) is None
+    assert vision_inputs([target for _, target in cached(run)][:4], 64) == {}
 
 
 def test_cache_without_features_is_what_it_was(run_of: RunOf, tmp_path: Path) -> None:
@@ -152,12 +156,11 @@ def test_cached_features_of_a_bfloat16_teacher_are_exact(run_of: RunOf) -> None:
         cache={"vision": "bfloat16", "dtype": "bfloat16"}, placement={"prepare": {"workers": 0}, "cache": {"batch": 1}}
     )
     make_cache(run)
-    model, processor = load_model(teacher_path(run), torch.bfloat16, CPU), load_processor(teacher_path(run))
+    model, processor = load_model(run.teacher, torch.bfloat16, CPU), load_processor(run.teacher)
     for sample, target in cached(run)[:5]:
-        pixels = pixel_values(processor, [sample["image"]])
-        assert pixels is not None
+        pixels = pixels_of(processor, sample)
         # the numbers; their strides differ, so that a product with them may add up in another order
-        assert torch.equal(vision_inputs([target]), features_now(model, pixels.bfloat16()))
+        assert torch.equal(vision_inputs([target], 64)["pixel_values"], features_now(model, pixels.bfloat16()))
 
 
 def test_gradients_reach_the_connector_as_from_pixels() -> None:
@@ -175,7 +178,7 @@ def test_gradients_reach_the_connector_as_from_pixels() -> None:
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("family", ["llava-next", "qwen2.5-vl", "phi"])
+@pytest.mark.parametrize("family", ["llava-next", "llava-onevision", "qwen2-vl", "qwen2.5-vl", "phi"])
 def test_models_without_cacheable_features_are_refused_before_work(run_of: RunOf, family: str, tmp_path: Path) -> None:
     model = build(family)
     kind = model.config.model_type
