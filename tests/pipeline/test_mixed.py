@@ -357,6 +357,7 @@ def test_rows_of_other_samples_or_positions_end_the_training(run_of: RunOf, othe
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning:ray")

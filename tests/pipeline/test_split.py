@@ -120,6 +120,7 @@ def test_two_ranks_leave_the_columns_of_one(
 
 @no_gpu
 @pytest.mark.ray
+@pytest.mark.slow
 # Ray's own sockets and files are closed by its processes, not by the garbage collector
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning:ray", "ignore::DeprecationWarning:ray")
