@@ -1,5 +1,6 @@
 """Teachers spread over several devices: ranks on the CPU and on GPUs, layers on GPUs, and the ends of ranks."""
 
+import io
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM, StableLmConfig, StableLmForCausalLM
 
+from jobs.audit import audit_cache
 from jobs.demo import teacher_model
 from jobs.stages import open_store, run_named, tapped_layers
 from pipeline.audit import compare
@@ -115,6 +117,20 @@ def test_two_ranks_leave_the_columns_of_one(
     run_of: RunOf, settings: dict[str, Any], tmp_path: Path, teacher: str, request: pytest.FixtureRequest
 ) -> None:
     check_split(run_of, settings, tmp_path, request.getfixturevalue(teacher), TENSOR)
+    assert not torch.distributed.is_initialized()
+
+
+@no_gpu
+@pytest.mark.slow
+def test_an_audit_splits_the_teacher_as_the_cache_did(
+    run_of: RunOf, settings: dict[str, Any], tmp_path: Path, even_llava: Path
+) -> None:
+    place = {"prepare": {"workers": 0}, "cache": {"batch": 3, **TENSOR}}
+    run = run_of(teacher={"path": str(even_llava)}, store=str(tmp_path / "store"), placement=place)
+    make_cache(run)
+    said = Console(file=io.StringIO(), width=200)
+    audit_cache(run, said, 1.0, repair=False, dry_run=False)
+    assert "these rows are what its teacher gives, but for rounding" in said.file.getvalue()  # type: ignore[attr-defined]
     assert not torch.distributed.is_initialized()
 
 
