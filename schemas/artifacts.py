@@ -12,6 +12,8 @@ from schemas.canonical import digest
 RECORD = "record.json"
 # Written first: what the artifact will be, so that a resumed stage can tell a drift before any work.
 IDENTITY = "identity.json"
+# Of a training: its curve, one JSON object a line, and the folder of its checkpoints.
+LOG, CHECKPOINTS = "log.jsonl", "checkpoints"
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def write_report(run: RunConfig) -> tuple[dict[str, Any], str]:
     """Writes ``report.json`` and ``report.html`` into the store; returns the figures and the page's path."""
     from pipeline.models import load_config
     from pipeline.report.build import ReportSource, collect, page
-    from pipeline.training.loop import LOG
+    from schemas.artifacts import LOG
 
     store = open_store(run)
     vocabulary = load_config(run.teacher).get_text_config().vocab_size

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from pipeline.headers import metadata_of
 from pipeline.store import Store
-from schemas.artifacts import ArtifactRef
+from schemas.artifacts import CHECKPOINTS, ArtifactRef
 
-FOLDER = "checkpoints"
 BEST = "best.safetensors"
 
 
@@ -44,7 +43,7 @@ class TrainState:
 
 def save_checkpoint(saving: Saving, state: TrainState, tensors: dict[str, Tensor]) -> None:
     """Commits a checkpoint and removes all but the latest few."""
-    folder = f"{saving.ref}/{FOLDER}"
+    folder = f"{saving.ref}/{CHECKPOINTS}"
     saving.store.write(
         f"{folder}/phase-{state.phase:02d}-step-{state.step:08d}.safetensors", _bytes(saving, state, tensors)
     )
@@ -64,8 +63,8 @@ def _bytes(saving: Saving, state: TrainState, tensors: dict[str, Tensor]) -> byt
 
 def latest_checkpoint(saving: Saving) -> tuple[TrainState, dict[str, Tensor]] | None:
     """The furthest checkpoint of this very artifact, None where there is none."""
-    for name in reversed(saving.store.names(f"{saving.ref}/{FOLDER}")):
-        found = _read(saving, f"{FOLDER}/{name}")
+    for name in reversed(saving.store.names(f"{saving.ref}/{CHECKPOINTS}")):
+        found = _read(saving, f"{CHECKPOINTS}/{name}")
         if found:
             return found
     return None

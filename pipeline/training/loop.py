@@ -30,6 +30,7 @@ from pipeline.training.objective import DistillObjective, LayerObjective, kl_nam
 from pipeline.training.recompute import TeacherLayers
 from pipeline.training.schedule import learning_rate
 from pipeline.training.watch import Window
+from schemas.artifacts import LOG
 from schemas.config import StudentConfig
 from schemas.errors import ConfigInvalid, MemoryExhausted
 from schemas.placement import DistillPlacement
@@ -40,7 +41,6 @@ CALIBRATION_SAMPLES = 32
 LOG_EVERY = 10
 # The log on disk is written anew at most this often, in seconds: on object storage each time is a request.
 LOG_SECONDS = 5.0
-LOG = "log.jsonl"
 
 Report = Callable[[dict[str, Any]], None]
 

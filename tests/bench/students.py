@@ -14,7 +14,7 @@ from rich.console import Console
 
 from jobs.stages import open_store, run_named
 from pipeline.stage import require
-from pipeline.training.loop import LOG
+from schemas.artifacts import LOG
 from schemas.runfile import load_run
 
 MIXES = {

@@ -20,8 +20,8 @@ from jobs.stages import NAMES, run_named
 from jobs.train import train_job, train_student
 from pipeline.store import Store
 from pipeline.training.engine import Worker
-from pipeline.training.loop import LOG
 from pipeline.training.watch import SPEED
+from schemas.artifacts import LOG
 from schemas.config import RunConfig
 from schemas.errors import ConfigInvalid, ShardCorrupt
 from tests.conftest import tiny_settings

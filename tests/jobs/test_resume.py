@@ -17,7 +17,7 @@ from safetensors.numpy import load
 
 from jobs.train import WEIGHTS
 from pipeline.store import Store
-from pipeline.training.checkpoint import FOLDER
+from schemas.artifacts import CHECKPOINTS
 from schemas.config import RunConfig
 from tests.conftest import tiny_settings
 from tests.jobs.test_kills import RAY, assert_the_end
@@ -66,7 +66,7 @@ def found(name: str, folder: Path) -> list[int]:
 
 def kill(run: RunConfig, folder: Path, victim: str, chance: random.Random, ray: Path) -> bool:
     """One command and one kill, after some checkpoint that was not there before; whether it came in time."""
-    checkpoints = Path(run.store.url, str(run.ref("distill")), FOLDER)
+    checkpoints = Path(run.store.url, str(run.ref("distill")), CHECKPOINTS)
     before = {p.name for p in checkpoints.glob("*")}
     new, jitter = chance.randrange(4), chance.uniform(0, 0.5)
     where = Path(tempfile.mkdtemp(prefix="round-", dir=folder))

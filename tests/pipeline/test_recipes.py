@@ -15,10 +15,10 @@ from jobs.stages import open_store
 from jobs.train import INITIAL, WEIGHTS, train_job
 from pipeline.shards import read_manifest
 from pipeline.stage import run_stage
-from pipeline.training.checkpoint import BEST, FOLDER
+from pipeline.training.checkpoint import BEST
 from pipeline.training.index import is_held_out
-from pipeline.training.loop import LOG
 from pipeline.training.objective import DistillObjective
+from schemas.artifacts import CHECKPOINTS, LOG
 from schemas.config import RunConfig
 from schemas.errors import ArtifactDrift, ConfigInvalid, MemoryExhausted, ShardCorrupt, TrainingDiverged
 from schemas.runfile import load_run
@@ -133,7 +133,7 @@ def test_best_weights_are_kept_and_left_where_asked(run_of: RunOf, monkeypatch: 
     run = run_of(distill=section, placement=place)
     store = make_cache(run)
     best = train(run)
-    folder = f"{run.ref('distill')}/{FOLDER}"
+    folder = f"{run.ref('distill')}/{CHECKPOINTS}"
     names = store.names(folder)
     assert len(names) == 3
     header = load(store.read(f"{run.ref('distill')}/{BEST}"))
@@ -165,7 +165,7 @@ def test_loss_that_is_no_number_names_step_and_sample_and_keeps_the_last_checkpo
         TrainingDiverged, match=rf"phase 0, step 5: the loss of a micro-batch with samples {name} is not"
     ):
         train(run)
-    assert store.names(f"{run.ref('distill')}/{FOLDER}")[-1] == "phase-00-step-00000004.safetensors"
+    assert store.names(f"{run.ref('distill')}/{CHECKPOINTS}")[-1] == "phase-00-step-00000004.safetensors"
     monkeypatch.setattr(DistillObjective, "forward", forward)
     assert all(torch.isfinite(v).all() for v in train(run).values())
 
