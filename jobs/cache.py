@@ -4,11 +4,12 @@ One row of the dataset is one shard: its descriptor goes in, a CPU task adds the
 teacher actor computes and commits it. Nothing is remembered outside the store: a rerun does what is missing there.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +34,7 @@ from pipeline.data.encoding import EncodedSample
 from pipeline.data.processors import Processor, load_processor
 from pipeline.data.samples import decode_samples
 from pipeline.folders import other_vocabulary
+from pipeline.journal import Attempts, Journal
 from pipeline.shards import column_bytes, fold_manifest, read_manifest, read_shard, uncommitted, write_shard
 from pipeline.spread import refuse_split
 from pipeline.stage import Stage, require
@@ -41,11 +43,14 @@ from pipeline.student import check_plan
 from pipeline.vision import refuse_other_towers
 from schemas.artifacts import ArtifactRef
 from schemas.config import CacheConfig, RunConfig, StoreConfig, TeacherConfig
-from schemas.errors import ConfigInvalid
+from schemas.errors import ConfigInvalid, WorkersLost
 from schemas.manifest import Manifest
 from schemas.placement import CachePlacement
 from schemas.sections import Device
 from schemas.tables import SAMPLES, VISION, targets_table
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
 
 # CPUs of one decoding task; not the teacher's, or Ray would fuse the two operators.
 DECODE_CPUS = 0.25
@@ -67,6 +72,7 @@ class CacheJob:
     device: Device
     place: CachePlacement
     threads: int
+    command: str | None = None
 
 
 def stage(run: RunConfig) -> Stage:
@@ -90,14 +96,14 @@ def stage(run: RunConfig) -> Stage:
         "table": str(targets_table(config, tapped)),
     }
 
-    def work(store: Store, fingerprint: str) -> dict[str, Any]:
+    def work(store: Store, fingerprint: str, journal: Journal) -> dict[str, Any]:
         try:
             check_tokenizer(store, run)
         except ConfigInvalid:
             # what the user changes makes it another cache, which this name is to be free for
             store.remove(str(run.ref("cache")))
             raise
-        return _cache(store, cache_job(run, fingerprint), run.placement.cache)
+        return _cache(store, cache_job(run, fingerprint, journal.command), run.placement.cache)
 
     return Stage(run.ref("cache"), (run.ref("prepare"),), settings, work, resolved(run))
 
@@ -116,8 +122,8 @@ def check_tokenizer(store: Store, run: RunConfig) -> None:
         )
 
 
-def cache_job(run: RunConfig, fingerprint: str) -> CacheJob:
-    """What the workers of this run's cache need."""
+def cache_job(run: RunConfig, fingerprint: str, command: str | None = None) -> CacheJob:
+    """What the workers of this run's cache need; ``command`` is where in the journal they note what they do."""
     place = run.placement.cache
     return CacheJob(
         store=store_of(run),
@@ -130,12 +136,14 @@ def cache_job(run: RunConfig, fingerprint: str) -> CacheJob:
         device=run.placement.device,
         place=place,
         threads=max(1, round(place.cpus_per_worker)),
+        command=command,
     )
 
 
 def _cache(store: Store, job: CacheJob, place: CachePlacement) -> dict[str, Any]:
     samples = read_manifest(store, job.samples)
     todo = uncommitted(store, job.targets, len(samples.shards))
+    Journal(store, job.targets, job.command).note("todo", shards=len(samples.shards))
     if todo:
         with session():
             check_fits("cache", place, spare_cpus=DECODE_CPUS)
@@ -167,35 +175,50 @@ def _cache(store: Store, job: CacheJob, place: CachePlacement) -> dict[str, Any]
 
 def committed(job: CacheJob, place: CachePlacement, todo: list[int]) -> Iterator[int]:
     """Has the shards computed in the session that is running; gives the rows of each as it has been committed."""
-    from ray.data import ActorPoolStrategy, TaskPoolStrategy
+    from ray.data import ActorPoolStrategy
+    from ray.exceptions import NodeDiedError, WorkerCrashedError
 
-    dataset = (
-        shard_dataset([{"shard": i} for i in todo])
-        .map_batches(
+    dataset = _decoded(job, place, todo).map_batches(
+        TeacherActor,
+        fn_constructor_args=(job,),
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=place.cpus_per_worker,
+        num_gpus=place.gpus_per_worker or None,
+        accelerator_type=place.accelerator_type,
+        compute=ActorPoolStrategy(
+            size=min(place.workers, len(todo)),
+            max_concurrent_calls_per_actor=CALLS,
+            enable_true_multi_threading=True,
+        ),
+    )
+    try:
+        yield from (row["rows"] for row in dataset.iter_rows())
+    except (WorkerCrashedError, NodeDiedError) as error:
+        raise WorkersLost(
+            f"{job.targets}: a worker that decodes images ended without an error {place.retries + 1} times over one "
+            "shard: most likely it was killed for want of memory, or its node was lost. Fewer at once "
+            "(placement.cache.decoders) or more memory help; then run the same command again"
+        ) from error
+
+
+def _decoded(job: CacheJob, place: CachePlacement, todo: list[int]) -> "Dataset":
+    """One row a shard, with its images decoded; a task that is lost is tried again ``place.retries`` times."""
+    from ray.data import TaskPoolStrategy
+    from ray.util.annotations import RayDeprecationWarning
+
+    with warnings.catch_warnings():
+        # `max_retries` has no other way in yet, and without it there is no end
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        return shard_dataset([{"shard": i} for i in todo]).map_batches(
             decode_shard,
             fn_args=(job,),
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=DECODE_CPUS,
+            max_retries=place.retries,
             compute=TaskPoolStrategy(size=place.decoders),
         )
-        .map_batches(
-            TeacherActor,
-            fn_constructor_args=(job,),
-            batch_size=1,
-            batch_format="pyarrow",
-            num_cpus=place.cpus_per_worker,
-            num_gpus=place.gpus_per_worker or None,
-            accelerator_type=place.accelerator_type,
-            compute=ActorPoolStrategy(
-                size=min(place.workers, len(todo)),
-                max_concurrent_calls_per_actor=CALLS,
-                enable_true_multi_threading=True,
-            ),
-        )
-    )
-    for row in dataset.iter_rows():
-        yield row["rows"]
 
 
 @lru_cache(maxsize=1)
@@ -255,11 +278,14 @@ class TeacherActor:
         # one thread of its own, because libraries remember what suits a shape (cuDNN's plans) a thread
         self.device = ThreadPoolExecutor(1)
         self.job, self.store = job, Store(job.store)
+        # before the teacher, whose loading may be what ends a worker
+        self.attempts = Attempts(Journal(self.store, job.targets, job.command), job.place.retries, job.place.workers)
         self.teacher = Teacher(job.teacher, job.config, job.tapped, job.device, job.place)
 
     def __call__(self, row: pa.Table) -> pa.Table:
         """Commits the row's shard; returns its index and rows."""
         index = row["shard"][0].as_py()
+        self.attempts.begin(index)
         samples = _read_samples(self.job, index)
         prepared = list(map(PreparedSample, samples, _features(row, len(samples))))
         columns = self.teacher.columns(self.device.submit(self.teacher.forward, prepared).result())

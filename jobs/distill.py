@@ -19,11 +19,11 @@ from jobs.stages import layer_plan, refuse_image_positions, resolved, tapped_lay
 from jobs.trackers import check_trackers, open_trackers
 from jobs.train import TrainJob, needs_taps, train_job, train_worker
 from pipeline.divergences import refuse_undetermined
+from pipeline.journal import Journal
 from pipeline.stage import Stage, identify, require
 from pipeline.store import Store
 from pipeline.student import check_plan
-from pipeline.training.checkpoint import FOLDER
-from pipeline.training.loop import LOG
+from schemas.artifacts import CHECKPOINTS, LOG
 from schemas.canonical import differences
 from schemas.config import RunConfig
 from schemas.errors import ArtifactDrift, ConfigInvalid
@@ -59,9 +59,9 @@ def stage(run: RunConfig) -> Stage:
     caches = (source.ref for source in sources_of(run))
     inputs = (run.ref("prepare"), *caches, *((earlier,) if earlier else ()))
 
-    def work(store: Store, fingerprint: str) -> dict[str, Any]:
+    def work(store: Store, fingerprint: str, journal: Journal) -> dict[str, Any]:
         check_cache(store, run)
-        return _distill(store, train_job(run, fingerprint))
+        return _distill(store, train_job(run, fingerprint, journal.command))
 
     return Stage(run.ref("distill"), inputs, settings, work, resolved(run))
 
@@ -137,7 +137,8 @@ def _fit(store: Store, job: TrainJob) -> int:
     """
     from ray.util.queue import Queue
 
-    folder = f"{job.run.ref('distill')}/{FOLDER}"
+    folder = f"{job.run.ref('distill')}/{CHECKPOINTS}"
+    journal = Journal(store, job.run.ref("distill"), job.command)
     mailbox = Queue(actor_options={"num_cpus": 0})
     viewer = threading.Thread(target=_show, args=(mailbox, store, job), daemon=True)
     viewer.start()
@@ -153,6 +154,7 @@ def _fit(store: Store, job: TrainJob) -> int:
                 if find_users_error(error) is not None or failures > job.run.placement.distill.retries:
                     raise
                 restarts += 1
+                journal.note("lost", reason=_reason(error))
                 mailbox.put(f"a worker was lost ({_reason(error)}); going on from the last checkpoint")
             else:
                 return restarts

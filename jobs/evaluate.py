@@ -51,7 +51,7 @@ def stage(run: RunConfig) -> Stage:
         "teacher": teacher_digests(run.teacher),
     }
 
-    def work(store: Store, _: str) -> dict[str, Any]:
+    def work(store: Store, *_: object) -> dict[str, Any]:
         return _evaluate(store, EvaluateJob(run, store_of(run), teacher_of(run), plan, settings["teacher"]))
 
     return Stage(run.ref("evaluate"), (run.ref("distill"),), settings, work, resolved(run))

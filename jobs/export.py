@@ -28,7 +28,7 @@ def stage(run: RunConfig) -> Stage:
     """The stage of this run. Identity: the distilled student and the teacher whose frozen weights it keeps."""
     settings = {"teacher": teacher_digests(run.teacher)}
 
-    def work(store: Store, _: str) -> dict[str, Any]:
+    def work(store: Store, *_: object) -> dict[str, Any]:
         return _export(store, run)
 
     return Stage(run.ref("export"), (run.ref("distill"),), settings, work, resolved(run))

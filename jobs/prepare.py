@@ -22,6 +22,7 @@ from pipeline.data.records import Part, data_digest, parts
 from pipeline.data.samples import Answers, finish, prepare_shard
 from pipeline.folders import processor_digests
 from pipeline.hub import folder_of
+from pipeline.journal import Attempts, Journal
 from pipeline.shards import uncommitted
 from pipeline.stage import Stage
 from pipeline.store import Store
@@ -43,7 +44,8 @@ class PrepareJob:
     config: PrepareConfig
     fingerprint: str
     device: Device
-    batch: int
+    place: PreparePlacement
+    command: str | None
 
 
 def stage(run: RunConfig) -> Stage:
@@ -61,7 +63,7 @@ def stage(run: RunConfig) -> Stage:
         **({"teacher": teacher_digests(run.teacher)} if config.answers else {}),
     }
 
-    def work(store: Store, fingerprint: str) -> dict[str, Any]:
+    def work(store: Store, fingerprint: str, journal: Journal) -> dict[str, Any]:
         where = {"data": absolute(config.data), "images": absolute(config.images)}
         job = PrepareJob(
             store=store_of(run),
@@ -70,10 +72,11 @@ def stage(run: RunConfig) -> Stage:
             config=config.model_copy(update=where),
             fingerprint=fingerprint,
             device=run.placement.device,
-            batch=run.placement.prepare.batch,
+            place=run.placement.prepare,
+            command=journal.command,
         )
         try:
-            count = _prepare(store, job, run.placement.prepare)
+            count = _prepare(store, job, journal)
             counts = finish(store, job.samples, config, count, fingerprint)
             return {**counts, "end_token": encoder.renderer.has_end()}
         except SampleInvalid:
@@ -89,13 +92,14 @@ def _unusual(config: PrepareConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", include={"template", "answers", "truncated_images"}, exclude_defaults=True)
 
 
-def _prepare(store: Store, job: PrepareJob, place: PreparePlacement) -> int:
+def _prepare(store: Store, job: PrepareJob, journal: Journal) -> int:
     """Commits what is missing; returns the number of shards that there are then."""
     found = parts(job.config.data, job.config.shard_rows)
     todo = {i: found[i] for i in uncommitted(store, job.samples, len(found))}
+    journal.note("todo", shards=len(found))
     done = 0
     with Progress("prepare", sum(part.count for part in todo.values()), "records") as progress:
-        for records in (_on_workers if place.workers else _here)(job, todo, place):
+        for records in (_on_workers if job.place.workers else _here)(job, todo, job.place):
             done += records
             progress.update(done)
     return len(found)
@@ -133,10 +137,11 @@ class PrepareWorker:
 
     def __init__(self, job: PrepareJob) -> None:
         self.job, self.store, config = job, Store(job.store), job.config
+        self.attempts = Attempts(Journal(self.store, job.samples, job.command), job.place.retries, job.place.workers)
         self.encoder = Encoder(load_processor(job.teacher), config.max_length, config.template)
         self.answer: Answers | None = None
         if config.answers:
-            self.answer = Answerer(job.teacher, config.answers, self.encoder, job.device, job.batch).answer
+            self.answer = Answerer(job.teacher, config.answers, self.encoder, job.device, job.place.batch).answer
 
     def __call__(self, row: pa.Table) -> pa.Table:
         """Commits the row's shard; returns its number of records."""
@@ -146,6 +151,7 @@ class PrepareWorker:
     def commit(self, index: int, part: Part) -> int:
         """Commits a shard; returns its number of records."""
         job = self.job
+        self.attempts.begin(index)
         return prepare_shard(
             self.store, job.samples, job.config, self.encoder, part, index, job.fingerprint, self.answer
         )

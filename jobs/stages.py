@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from cluster.submitted import submission_id
 from pipeline.folders import folder_digests
 from pipeline.hub import folder_of, is_hub_name, pinned
 from pipeline.stage import Stage, run_stage, status
@@ -29,7 +30,7 @@ def load_stage(name: str, run: RunConfig) -> Stage:
 def run_named(name: str, run: RunConfig, out: Console) -> None:
     """Runs one stage of a run and says what was done, also where that is nothing."""
     stage = load_stage(name, run)
-    record, ran = run_stage(open_store(run), stage)
+    record, ran = run_stage(open_store(run), stage, submission_id())
     if ran:
         out.print(f"[green]{stage.ref}[/] done in {record.provenance['seconds']:.1f} s")
         if record.result.get("rejected"):

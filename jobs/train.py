@@ -10,6 +10,7 @@ import torch
 from jobs.sources import sources_of
 from jobs.stages import layer_plan, store_of, teacher_digests, teacher_of
 from pipeline.data.processors import load_processor
+from pipeline.journal import Journal
 from pipeline.models import decoder, head, pick_device
 from pipeline.ops.backends import resolve
 from pipeline.store import Store
@@ -40,6 +41,7 @@ class TrainJob:
     sources: tuple[Source, ...]
     digests: dict[str, str]
     fingerprint: str
+    command: str | None = None
 
     def backend(self, store: Store) -> str:
         """Who computed the mixers of the finished training."""
@@ -47,10 +49,10 @@ class TrainJob:
         return found
 
 
-def train_job(run: RunConfig, fingerprint: str) -> TrainJob:
-    """What the workers of this run's training need."""
-    digests = teacher_digests(run.teacher)
-    return TrainJob(run, store_of(run), teacher_of(run), layer_plan(run), sources_of(run), digests, fingerprint)
+def train_job(run: RunConfig, fingerprint: str, command: str | None = None) -> TrainJob:
+    """What the workers of this run's training need; ``command`` is where in the journal they note what they do."""
+    digests, sources = teacher_digests(run.teacher), sources_of(run)
+    return TrainJob(run, store_of(run), teacher_of(run), layer_plan(run), sources, digests, fingerprint, command)
 
 
 def needs_taps(run: RunConfig) -> bool:
@@ -69,6 +71,7 @@ def train_worker(config: dict[str, Any]) -> None:
     import ray.train
 
     job: TrainJob = config["job"]
+    Journal(Store(job.store), job.run.ref("distill"), job.command).note("worker")
     mailbox = config["mailbox"]
     context = ray.train.get_context()
     torch.set_num_threads(max(1, round(job.run.placement.distill.cpus_per_worker)))

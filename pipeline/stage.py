@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import pydantic
 
+from pipeline import journal
+from pipeline.journal import Journal
 from pipeline.shards import file_digest
 from pipeline.store import Store
 from schemas.artifacts import RECORD, ArtifactRecord, ArtifactRef
@@ -25,14 +27,15 @@ VERSIONED = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "numpy")
 class Stage:
     """One stage of one run.
 
-    ``settings`` is its identity without the inputs; ``run`` gets the store and the fingerprint, does only what is
-    missing on disk, and returns the record's ``result``. ``config`` is the resolved run, recorded but no identity.
+    ``settings`` is its identity without the inputs; ``run`` gets the store, the fingerprint and the command's journal,
+    does only what is missing on disk, and returns the record's ``result``. ``config`` is the resolved run, recorded but
+    no identity.
     """
 
     ref: ArtifactRef
     inputs: tuple[ArtifactRef, ...]
     settings: dict[str, Any]
-    run: Callable[[Store, str], dict[str, Any]]
+    run: Callable[[Store, str, Journal], dict[str, Any]]
     config: dict[str, Any] = field(default_factory=dict)
 
 
@@ -89,26 +92,33 @@ def status(store: Store, stage: Stage) -> Status:
     return "new"
 
 
-def run_stage(store: Store, stage: Stage) -> tuple[ArtifactRecord, bool]:
-    """Runs the stage unless it is done; returns its record and whether anything was run."""
+def run_stage(store: Store, stage: Stage, job: str | None = None) -> tuple[ArtifactRecord, bool]:
+    """Runs the stage unless it is done; returns its record and whether anything was run.
+
+    ``job`` is what Ray calls this process where it was submitted.
+    """
     before = status(store, stage)
     if before == "done":
+        journal.clear(store, stage.ref)  # there is one where a command died between its record and its end
         return require(store, stage.ref), False
     identity, fingerprint = identify(store, stage)
     if before == "new":
         store.write(stage.ref.identity_path, canonical_json(identity))
-    started = time.time()
-    result = stage.run(store, fingerprint)
-    record = ArtifactRecord(
-        ref=str(stage.ref),
-        fingerprint=fingerprint,
-        identity=identity,
-        result=result,
-        provenance={**provenance(), "started": round(started, 3), "seconds": round(time.time() - started, 3)},
-        config=stage.config,
-        files=file_digests(store, stage.ref),
-    ).sealed()
-    store.write(stage.ref.record_path, record_bytes(record))
+    started, kept = time.time(), journal.begin(store, stage.ref, job)
+    with kept.kept():
+        result = stage.run(store, fingerprint, kept)
+        times = {"started": round(started, 3), "seconds": round(time.time() - started, 3)}
+        record = ArtifactRecord(
+            ref=str(stage.ref),
+            fingerprint=fingerprint,
+            identity=identity,
+            result=result,
+            provenance={**provenance(), **times, "history": journal.history(store, stage.ref, kept)},
+            config=stage.config,
+            files=file_digests(store, stage.ref),
+        ).sealed()
+        store.write(stage.ref.record_path, record_bytes(record))
+    journal.clear(store, stage.ref)
     return record, True
 
 

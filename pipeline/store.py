@@ -12,6 +12,8 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -28,6 +30,16 @@ ATTEMPTS, FIRST_WAIT = 6, 1.0
 LASTING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 # Libraries below the file systems whose errors are not OSErrors.
 TRANSPORTS = ("aiohttp", "botocore", "fsspec", "s3fs", "urllib3")
+# What file systems call the time of an object's last change.
+MODIFIED = ("mtime", "LastModified", "last_modified", "updated", "created")
+
+
+@dataclass(frozen=True)
+class Committed:
+    """One object of a listing: bytes, and when it was written (seconds since the epoch; 0 where none is told)."""
+
+    size: int
+    modified: float
 
 
 class Store:
@@ -116,11 +128,16 @@ class Store:
             return []
         return sorted(name for name in (p.rsplit("/", 1)[-1] for p in found) if not name.startswith(".tmp-"))
 
+    def listing(self, folder: str) -> dict[str, Committed]:
+        """All committed objects below a folder, by their paths within it, sorted."""
+        found = self.patiently(folder, lambda: self.fs.find(self.path(folder), detail=True, refresh=True))
+        inside = {path.removeprefix(self.path(folder) + "/"): entry for path, entry in found.items()}
+        names = sorted(name for name in inside if not name.rsplit("/", 1)[-1].startswith(".tmp-"))
+        return {name: Committed(inside[name]["size"], _modified(inside[name])) for name in names}
+
     def sizes(self, folder: str) -> dict[str, int]:
         """Sizes in bytes of all committed objects below a folder, by their paths within it, sorted."""
-        found = self.patiently(folder, lambda: self.fs.find(self.path(folder), detail=True, refresh=True))
-        inside = {path.removeprefix(self.path(folder) + "/"): entry["size"] for path, entry in found.items()}
-        return {name: inside[name] for name in sorted(inside) if not name.rsplit("/", 1)[-1].startswith(".tmp-")}
+        return {name: found.size for name, found in self.listing(folder).items()}
 
     def remove(self, name: str) -> None:
         """Removes an object or a whole folder, if it is there."""
@@ -136,6 +153,24 @@ class Store:
         """
         self.write_by(name, lambda file: file.write(data))
 
+    def touch(self, name: str) -> None:
+        """Makes an object of no content, whose name is all that it says, or renews its time.
+
+        On local disk it is not synced: a machine that fails may take it along.
+
+        Raises:
+            StoreUnavailable: the folder cannot be written.
+        """
+        target = self.path(name)
+        try:
+            if self.local:
+                Path(target).parent.mkdir(parents=True, exist_ok=True)
+                Path(target).touch()
+            else:
+                self.patiently(name, lambda: self.fs.pipe_file(target, b""))
+        except OSError as error:
+            raise self._unwritable(target, error) from None
+
     def write_by(self, name: str, write: Callable[[BinaryIO], object]) -> None:
         """Commits what ``write`` writes; on local disk straight to the file, so that no copy of it is held."""
         target = self.path(name)
@@ -147,9 +182,18 @@ class Store:
                 write(buffer)
                 self.patiently(name, lambda: self.fs.pipe_file(target, buffer.getvalue()))
         except OSError as error:
-            raise StoreUnavailable(
-                f"{target}: cannot be written: {error.strerror or error}; check that `store` ({self.url}) is writable"
-            ) from None
+            raise self._unwritable(target, error) from None
+
+    def _unwritable(self, target: str, error: OSError) -> StoreUnavailable:
+        return StoreUnavailable(
+            f"{target}: cannot be written: {error.strerror or error}; check that `store` ({self.url}) is writable"
+        )
+
+
+def _modified(entry: dict[str, Any]) -> float:
+    """When an object of a listing was written."""
+    found = next((entry[name] for name in MODIFIED if name in entry), 0.0)
+    return found.timestamp() if isinstance(found, datetime) else found if isinstance(found, float) else 0.0
 
 
 def _connection(config: StoreConfig) -> dict[str, Any]:

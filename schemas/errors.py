@@ -71,5 +71,9 @@ class TeacherLost(DecantError):
     """A process of a teacher that is split over several ended before its time; says how."""
 
 
+class WorkersLost(DecantError):
+    """Workers end again and again over the same work; names it, the hosts, and what to lower."""
+
+
 class MemoryExhausted(DecantError):
     """A worker's device has too little memory; names the settings to lower."""

@@ -19,11 +19,14 @@ class WorkerPlacement(Section):
 class PreparePlacement(WorkerPlacement):
     """Workers; none at all means this process, which is faster for some thousand samples than starting Ray.
 
-    GPUs are of use where the teacher answers (``prepare.answers``), ``batch`` prompts at a time.
+    GPUs are of use where the teacher answers (``prepare.answers``), ``batch`` prompts at a time. A shard whose worker
+    is lost is begun again up to ``retries`` times by one command.
     """
 
     workers: int = Field(1, ge=0)
     batch: int = Field(16, ge=1)
+    # as many as distill's: nodes come and go, but what ends four workers in a row ends the fifth as well
+    retries: int = Field(3, ge=0)
 
 
 class CachePlacement(WorkerPlacement):
@@ -31,12 +34,15 @@ class CachePlacement(WorkerPlacement):
 
     A worker with several GPUs spreads one teacher over them, for teachers too large for one. ``split: layers`` puts
     whole layers on each, which work in turn; ``tensor`` cuts every matrix, and all work at once, each by a process of
-    its own. Without GPUs there is a process of ``tensor`` for each of the worker's CPUs.
+    its own. Without GPUs there is a process of ``tensor`` for each of the worker's CPUs. A shard whose worker is lost
+    is begun again up to ``retries`` times by one command.
     """
 
     batch: int = Field(32, ge=1)
     decoders: int = Field(2, ge=1)
     split: Split = "layers"
+    # as for prepare
+    retries: int = Field(3, ge=0)
 
     @property
     def parts(self) -> int:

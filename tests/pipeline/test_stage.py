@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import pipeline.store
+from pipeline.journal import Journal
 from pipeline.shards import fold_manifest, read_manifest, read_shard, uncommitted, write_shard
 from pipeline.stage import Stage, run_stage, status
 from pipeline.store import Store
@@ -38,7 +39,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def stage(calls: list[str], settings: dict[str, Any], *, fails: bool = False) -> Stage:
-    def work(_: Store, fingerprint: str) -> dict[str, Any]:
+    def work(_: Store, fingerprint: str, __: Journal) -> dict[str, Any]:
         calls.append(fingerprint)
         if fails:
             raise RuntimeError("killed")

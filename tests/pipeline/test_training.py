@@ -29,6 +29,7 @@ from jobs.train import INITIAL, WEIGHTS, train_job, train_student
 from pipeline.activations import decode_activation
 from pipeline.data.collate import pad_tokens
 from pipeline.data.processors import load_processor
+from pipeline.journal import Journal
 from pipeline.losses import full_kl, target_kl
 from pipeline.mixer import Mamba2Mixer
 from pipeline.models import body, decoder, head, load_config, load_model
@@ -41,9 +42,9 @@ from pipeline.taps import recorded
 from pipeline.training.batch import Batch
 from pipeline.training.batches import CachedBatches, use_of
 from pipeline.training.engine import Worker
-from pipeline.training.loop import LOG
 from pipeline.training.recompute import TeacherLayers
 from pipeline.training.watch import SPEED
+from schemas.artifacts import LOG
 from schemas.config import RunConfig
 from schemas.errors import ConfigInvalid
 from schemas.manifest import MANIFEST
@@ -67,8 +68,8 @@ def make_targets(run: RunConfig) -> Store:
     """Runs, in this process, what the Ray actors of `cache` run, over samples that there are."""
     store, planned = open_store(run), cache.stage(run)
 
-    def work(store: Store, fingerprint: str) -> dict[str, Any]:
-        job = cache.cache_job(run, fingerprint)
+    def work(store: Store, fingerprint: str, journal: Journal) -> dict[str, Any]:
+        job = cache.cache_job(run, fingerprint, journal.command)
         count = len(read_manifest(store, job.samples).shards)
         actor = cache.TeacherActor(job)
         for index in uncommitted(store, job.targets, count):
