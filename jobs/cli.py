@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -104,6 +104,23 @@ def inspect(
             picture=picture,
             dry_run=dry_run,
         )
+
+
+@app.command()
+def status(
+    run_file: RunFile,
+    set_: Overrides = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object a look.")] = False,
+    watch: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="Look again after so many seconds, until all is done or Ctrl-C.", metavar="SECONDS"),
+    ] = None,
+) -> None:
+    """Show where each stage stands, from the store alone; works while they run elsewhere."""
+    with _readable_errors(), suppress(KeyboardInterrupt):
+        from jobs.status import status as run
+
+        run(_load(run_file, set_), out, as_json=json_, watch=watch)
 
 
 @app.command()

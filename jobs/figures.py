@@ -19,6 +19,13 @@ def human_time(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds < 360 else f"{seconds / 3600:,.3g} h"
 
 
+def human_span(seconds: float) -> str:
+    """A stretch of time in the unit in which people count it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def human_number(value: float) -> str:
     """Two decimals where they say something."""
     return "< 0.01" if 0 < value < 0.01 else f"{value:,.2f}" if value < 10 else f"{value:,.0f}"
