@@ -1,6 +1,8 @@
 """What one Ray Train worker of stage ``distill`` does: builds the student and trains it."""
 
 import json
+import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +21,7 @@ from pipeline.surgery import widen_trained
 from pipeline.training.batches import CachedBatches
 from pipeline.training.checkpoint import Saving, best_checkpoint
 from pipeline.training.engine import Worker
-from pipeline.training.loop import Report, Training
+from pipeline.training.loop import Leaves, Report, Training, stays
 from pipeline.training.recompute import TeacherLayers
 from pipeline.training.sources import Source
 from pipeline.vision import feed_features
@@ -28,6 +30,8 @@ from schemas.layers import LayerPlan
 
 # The trained parameters, the same before the first step, and who computed the mixers.
 WEIGHTS, INITIAL, BACKEND = "student.safetensors", "initial.safetensors", "backend.json"
+# Seconds between two questions whether a node goes: clouds give notice of half a minute or more.
+ASK_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -86,11 +90,44 @@ def train_worker(config: dict[str, Any]) -> None:
         if worker.rank == 0:
             mailbox.put_nowait(entry)
 
-    train_student(job, worker, report, report)
+    train_student(job, worker, report, report, departure())
 
 
-def train_student(job: TrainJob, worker: Worker, report: Report, say: Callable[[str], None] = print) -> None:
-    """Builds the student and trains it to the end; rank 0 leaves weights and log in the artifact's folder."""
+class Departure:
+    """Tells the workers of a group, all at the same step, that one of their nodes is about to be taken away.
+
+    They ask Ray every few seconds; after how many steps again, rank 0 says.
+    """
+
+    def __init__(self) -> None:
+        self.steps, self.next, self.asked = 0, 1, time.monotonic()
+
+    def __call__(self) -> bool:
+        """To be asked after every step."""
+        import ray.train
+        from ray.train.collective import broadcast_from_rank_zero
+
+        self.steps += 1
+        if self.steps < self.next:
+            return False
+        now = time.monotonic()
+        again = max(1, round(self.steps * ASK_SECONDS / (now - self.asked)))
+        self.steps, self.next, self.asked = 0, broadcast_from_rank_zero(again), now
+        return ray.train.get_preemption_info() is not None
+
+
+def departure() -> Leaves:
+    """What a worker asks, in a session where nodes can go; elsewhere nobody does."""
+    return stays if os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") == "0" else Departure()
+
+
+def train_student(
+    job: TrainJob, worker: Worker, report: Report, say: Callable[[str], None] = print, leaves: Leaves = stays
+) -> None:
+    """Builds the student and trains it to the end; rank 0 leaves weights and log in the artifact's folder.
+
+    Where ``leaves`` says so, it ends after a checkpoint and leaves nothing else.
+    """
     run, place = job.run, job.run.placement.distill
     store, ref = Store(job.store), run.ref("distill")
     ops = resolve(run.placement.backend, worker.device)
@@ -130,8 +167,7 @@ def train_student(job: TrainJob, worker: Worker, report: Report, say: Callable[[
         TeacherLayers(replaced, decoder(model)) if needs_attention(run) else None,
         started,
     )
-    training.run(report)
-    if worker.rank == 0:
+    if training.run(report, leaves) and worker.rank == 0:
         record, parts = record_of(model), run.student.train
         best = run.distill.result == "best"
         final = best_checkpoint(saving) if best else training.final

@@ -43,6 +43,13 @@ LOG_EVERY = 10
 LOG_SECONDS = 5.0
 
 Report = Callable[[dict[str, Any]], None]
+# Whether the workers must go, asked after every step; all of them get the same answer.
+Leaves = Callable[[], bool]
+
+
+def stays() -> bool:
+    """The answer where nothing takes workers away."""
+    return False
 
 
 class Training:
@@ -115,8 +122,10 @@ class Training:
         """A copy of the trainable parameters, by name."""
         return {n: self.parameters[n].detach().cpu().clone() for n in self.trainable}
 
-    def run(self, report: Report) -> TrainState:
-        """Trains from the latest checkpoint, or from the start, to the end of the last phase.
+    def run(self, report: Report, leaves: Leaves = stays) -> bool:
+        """Trains from the latest checkpoint, or from the start; whether it came to the end of the last phase.
+
+        Where the workers must leave before that, the step that was done last is in a checkpoint.
 
         Raises:
             TrainingDiverged: a step's gradient is not finite; checkpoints stay as they are.
@@ -131,14 +140,15 @@ class Training:
             self.final = self.trained()
         try:
             while self.state.phase < len(self.recipe.phases):
-                self._phase(self.recipe.phases[self.state.phase], tensors, report)
+                if not self._phase(self.recipe.phases[self.state.phase], tensors, report, leaves):
+                    return False
                 tensors = {}
         except torch.OutOfMemoryError as error:
             raise MemoryExhausted(self._remedies(str(error))) from None
         self._write_log(now=True)
-        return self.state
+        return True
 
-    def _phase(self, phase: AnyPhase, tensors: dict[str, Tensor], report: Report) -> None:
+    def _phase(self, phase: AnyPhase, tensors: dict[str, Tensor], report: Report, leaves: Leaves) -> bool:
         mine = self._layers(phase)
         objective = self._objective(phase, mine)
         chosen = {n: p for n in self.trainable if (p := self.parameters[n]).requires_grad}
@@ -158,7 +168,8 @@ class Training:
             torch.manual_seed(_seed_of(seed, step))
             self._step(engine, stream, window, learning_rate(schedule, step), step)
             self.state.step = step + 1
-            last, saves = step + 1 == schedule.steps, (step + 1) % self.recipe.checkpoint_every == 0
+            last, going = step + 1 == schedule.steps, leaves()
+            saves = going or (step + 1) % self.recipe.checkpoint_every == 0
             validates = phase.kind == "distill" and self._validates(step + 1, last=last)
             # also before each checkpoint, so that a resumed curve averages over the same steps
             if (step + 1) % LOG_EVERY == 0 or step == 0 or saves or last or validates:
@@ -167,11 +178,15 @@ class Training:
                 window = Window(self.worker)
             if saves and not last:
                 self._save(self.trained() | engine.tensors())
+                if going:
+                    engine.close()
+                    return False
         tensors = engine.tensors()
         self.final = self.trained() | {n: t for n, t in tensors.items() if n in self.parameters}
         self.state.phase, self.state.step = self.state.phase + 1, 0
         self._save(self.final)
         engine.close()
+        return True
 
     def _step(self, engine: Engine, stream: Iterator[Batch], window: Window, lr: float, step: int) -> None:
         """One optimizer step over the worker's micro-batches."""
