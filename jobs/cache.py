@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 
 from cluster.datasets import shard_dataset
-from cluster.placement import check_fits
+from cluster.placement import check_fits, selector_of, worker_options
 from cluster.session import session
 from jobs.progress import Progress
 from jobs.stages import (
@@ -45,7 +45,7 @@ from schemas.artifacts import ArtifactRef
 from schemas.config import CacheConfig, RunConfig, StoreConfig, TeacherConfig
 from schemas.errors import ConfigInvalid, WorkersLost
 from schemas.manifest import Manifest
-from schemas.placement import CachePlacement
+from schemas.placement import CachePlacement, Placement
 from schemas.sections import Device
 from schemas.tables import SAMPLES, VISION, targets_table
 
@@ -103,7 +103,7 @@ def stage(run: RunConfig) -> Stage:
             # what the user changes makes it another cache, which this name is to be free for
             store.remove(str(run.ref("cache")))
             raise
-        return _cache(store, cache_job(run, fingerprint, journal.command), run.placement.cache)
+        return _cache(store, cache_job(run, fingerprint, journal.command), run.placement)
 
     return Stage(run.ref("cache"), (run.ref("prepare"),), settings, work, resolved(run))
 
@@ -140,17 +140,17 @@ def cache_job(run: RunConfig, fingerprint: str, command: str | None = None) -> C
     )
 
 
-def _cache(store: Store, job: CacheJob, place: CachePlacement) -> dict[str, Any]:
+def _cache(store: Store, job: CacheJob, placement: Placement) -> dict[str, Any]:
     samples = read_manifest(store, job.samples)
     todo = uncommitted(store, job.targets, len(samples.shards))
     Journal(store, job.targets, job.command).note("todo", shards=len(samples.shards))
     if todo:
         with session():
-            check_fits("cache", place, spare_cpus=DECODE_CPUS)
+            check_fits(placement, "cache", spare_cpus=DECODE_CPUS)
             done = 0
             with Progress("cache", sum(samples.shards[i].rows for i in todo), "samples") as progress:
                 progress.update(done)
-                for rows in committed(job, place, todo):
+                for rows in committed(job, job.place, todo):
                     done += rows
                     progress.update(done)
     table = targets_table(job.config, job.tapped)
@@ -183,9 +183,7 @@ def committed(job: CacheJob, place: CachePlacement, todo: list[int]) -> Iterator
         fn_constructor_args=(job,),
         batch_size=1,
         batch_format="pyarrow",
-        num_cpus=place.cpus_per_worker,
-        num_gpus=place.gpus_per_worker or None,
-        accelerator_type=place.accelerator_type,
+        **worker_options(place),
         compute=ActorPoolStrategy(
             size=min(place.workers, len(todo)),
             max_concurrent_calls_per_actor=CALLS,
@@ -216,6 +214,7 @@ def _decoded(job: CacheJob, place: CachePlacement, todo: list[int]) -> "Dataset"
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=DECODE_CPUS,
+            **selector_of(place.decoder_labels),
             max_retries=place.retries,
             compute=TaskPoolStrategy(size=place.decoders),
         )

@@ -1,10 +1,10 @@
 """The command line: one command a stage, and the demo. Heavy imports happen inside the commands."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -27,6 +27,23 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override one setting, e.g. --set student.init=matvlm.", metavar="A.B=C"),
 ]
+On = Annotated[
+    str,
+    typer.Option(
+        "--on",
+        help="Where to run: local (a session of this machine), auto (the cluster that this machine is part of), or "
+        "http://HEAD:8265 (as a job of that cluster).",
+        metavar="ADDRESS",
+    ),
+]
+Dashboard = Annotated[
+    str, typer.Option("--on", help="The cluster's dashboard.", metavar="ADDRESS", envvar="RAY_API_SERVER_ADDRESS")
+]
+Code = Annotated[
+    Literal["upload", "installed"],
+    typer.Option("--code", help="On a cluster: run this very code, or what is installed on its nodes."),
+]
+JobName = Annotated[str, typer.Argument(help="The job's name, as `decant jobs list` has it.", metavar="JOB")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would run; write nothing.")]
 
 
@@ -48,15 +65,27 @@ def _load(path: Path, overrides: list[str] | None) -> "RunConfig":
 
 
 def _command(name: str, text: str) -> Callable[..., None]:
-    def command(run_file: RunFile, set_: Overrides = None, dry_run: DryRun = False) -> None:
+    def command(
+        run_file: RunFile, set_: Overrides = None, dry_run: DryRun = False, on: On = "local", code: Code = "upload"
+    ) -> None:
         with _readable_errors():
             run = _load(run_file, set_)
-            from jobs.stages import preview, run_named
-
-            (preview if dry_run else run_named)(name, run, out)
+            _run_stages([name], run, on, code, dry_run=dry_run)
 
     command.__doc__ = text
     return command
+
+
+def _run_stages(
+    names: Sequence[str], run: "RunConfig", on: str, code: Literal["upload", "installed"], *, dry_run: bool
+) -> None:
+    from jobs.remote import run_stages
+    from jobs.stages import preview
+
+    if dry_run:
+        preview(names, run, out)
+    elif status := run_stages(names, run, on, code, out):
+        raise typer.Exit(status)
 
 
 STAGES = {
@@ -68,6 +97,56 @@ STAGES = {
 }
 for _name, _text in STAGES.items():
     app.command(_name)(_command(_name, _text))
+
+
+@app.command()
+def run(
+    run_file: RunFile,
+    stages: Annotated[
+        str, typer.Option(help="Which, separated by commas; they run in the pipeline's order.", metavar="A,B")
+    ] = ",".join(STAGES),
+    set_: Overrides = None,
+    dry_run: DryRun = False,
+    on: On = "local",
+    code: Code = "upload",
+) -> None:
+    """Run several stages one after another; on a cluster, as one job."""
+    with _readable_errors():
+        from jobs.remote import stages_of
+
+        _run_stages(stages_of(stages), _load(run_file, set_), on, code, dry_run=dry_run)
+
+
+job_commands = typer.Typer(help="List, follow or stop what runs as jobs of a cluster.", no_args_is_help=True)
+app.add_typer(job_commands, name="jobs")
+
+
+@job_commands.command("list")
+def list_(on: Dashboard) -> None:
+    """List the cluster's jobs that are ours, the latest last."""
+    with _readable_errors():
+        from jobs.remote import list_jobs
+
+        list_jobs(on, out)
+
+
+@job_commands.command()
+def logs(job: JobName, on: Dashboard) -> None:
+    """Show what a job prints, from its start to its end; exits as it does."""
+    with _readable_errors():
+        from jobs.remote import follow_job
+
+        if status := follow_job(job, on, out):
+            raise typer.Exit(status)
+
+
+@job_commands.command()
+def stop(job: JobName, on: Dashboard) -> None:
+    """End a job; what it committed stays."""
+    with _readable_errors():
+        from jobs.remote import stop_job
+
+        stop_job(job, on, out)
 
 
 @app.command()
@@ -196,12 +275,16 @@ def demo(
     dry_run: DryRun = False,
     train_scenes: Annotated[int, typer.Option(min=1, help="Scenes to distil from.")] = 3072,
     test_scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes to evaluate on.")] = 600,
+    on: On = "local",
+    code: Code = "upload",
 ) -> None:
     """Run the whole path on questions about handwritten digits, and write a report."""
     with _readable_errors():
         from jobs.demo.run import run_demo
 
-        run_demo(run_file, set_ or [], out, train_scenes=train_scenes, test_scenes=test_scenes, dry_run=dry_run)
+        scenes = {"train_scenes": train_scenes, "test_scenes": test_scenes}
+        if status := run_demo(run_file, set_ or [], out, **scenes, dry_run=dry_run, on=on, code=code):
+            raise typer.Exit(status)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,14 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from cluster.placement import check_fits
+from cluster.placement import check_fits, here, worker_options
 from cluster.session import find_users_error, session
 from jobs import cache
 from jobs.progress import Progress
 from jobs.sources import sources_of
 from jobs.stages import layer_plan, refuse_image_positions, resolved, tapped_layers, teacher_digests
 from jobs.trackers import check_trackers, open_trackers
-from jobs.train import TrainJob, needs_taps, train_job, train_worker
+from jobs.train import BACKEND, TrainJob, needs_taps, train_job, train_worker
 from pipeline.divergences import refuse_undetermined
 from pipeline.journal import Journal
 from pipeline.stage import Stage, identify, require
@@ -116,7 +116,7 @@ def check_cache(store: Store, run: RunConfig) -> None:
 def _distill(store: Store, job: TrainJob) -> dict[str, Any]:
     ref, place = job.run.ref("distill"), job.run.placement.distill
     with session():
-        check_fits("distill", place.model_copy(update={"workers": place.min_workers or place.workers}))
+        check_fits(job.run.placement, "distill")
         retries = _fit(store, job)
     entries = [json.loads(line) for line in store.read(f"{ref}/{LOG}").splitlines()]
     return {
@@ -133,13 +133,14 @@ def _distill(store: Store, job: TrainJob) -> dict[str, Any]:
 def _fit(store: Store, job: TrainJob) -> int:
     """Trains to the end, with as many worker groups as it takes; returns how many had to be replaced.
 
-    An error that the user can put right ends it at once: another group would meet it again.
+    An error that the user can put right ends it at once: another group would meet it again. A group that ends before
+    the training does has left nodes that are being taken away.
     """
     from ray.util.queue import Queue
 
     folder = f"{job.run.ref('distill')}/{CHECKPOINTS}"
     journal = Journal(store, job.run.ref("distill"), job.command)
-    mailbox = Queue(actor_options={"num_cpus": 0})
+    mailbox = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here()})
     viewer = threading.Thread(target=_show, args=(mailbox, store, job), daemon=True)
     viewer.start()
     restarts = failures = 0
@@ -153,16 +154,28 @@ def _fit(store: Store, job: TrainJob) -> int:
                 failures = 1 if store.names(folder) != before else failures + 1
                 if find_users_error(error) is not None or failures > job.run.placement.distill.retries:
                     raise
-                restarts += 1
-                journal.note("lost", reason=_reason(error))
-                mailbox.put(f"a worker was lost ({_reason(error)}); going on from the last checkpoint")
+                why = f"a worker was lost ({_reason(error)})"
             else:
-                return restarts
+                if store.exists(f"{job.run.ref('distill')}/{BACKEND}"):
+                    return restarts
+                why = "nodes are being taken away"
+            restarts += 1
+            journal.note("lost", reason=why)
+            mailbox.put(f"{why}; going on from the last checkpoint")
+            _tell_shortage(job, mailbox)
     finally:
         mailbox.put(None)
         viewer.join(timeout=10)
         mailbox.shutdown(force=True)
         scratch.cleanup()
+
+
+def _tell_shortage(job: TrainJob, mailbox: Any) -> None:
+    """Says what is missing where the nodes that are left do not hold the workers, which wait for others then."""
+    try:
+        check_fits(job.run.placement, "distill")
+    except ConfigInvalid as error:
+        mailbox.put(f"waiting for nodes; {error}")
 
 
 def _reason(error: Exception) -> str:
@@ -177,15 +190,17 @@ def _trainer(job: TrainJob, mailbox: Any, scratch: str) -> Any:
     from ray.train.torch import TorchTrainer
 
     place = job.run.placement.distill
-    gpus = {"GPU": place.gpus_per_worker} if place.gpus_per_worker else {}
+    options = worker_options(place)
+    named = {"CPU": options.pop("num_cpus"), "GPU": options.pop("num_gpus", 0), "memory": options.pop("memory", 0)}
+    resources = {**named, **options.pop("resources", {})}
     return TorchTrainer(
         train_worker,
         train_loop_config={"job": job, "mailbox": mailbox},
         scaling_config=ScalingConfig(
             num_workers=place.workers if place.min_workers is None else (place.min_workers, place.workers),
             use_gpu=place.gpus_per_worker > 0,
-            accelerator_type=place.accelerator_type,
-            resources_per_worker={"CPU": place.cpus_per_worker, **gpus},
+            resources_per_worker={name: amount for name, amount in resources.items() if amount},
+            **options,
         ),
         # a failed group is replaced by ``_fit``, which knows what a user can put right
         run_config=TrainRun(name="distill", storage_path=scratch, failure_config=FailureConfig(max_failures=0)),

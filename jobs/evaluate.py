@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from cluster.placement import check_fits
+from cluster.placement import check_fits, here, worker_options
 from cluster.session import session
 from jobs.progress import Progress
 from jobs.stages import layer_plan, resolved, store_of, teacher_digests, teacher_of
@@ -62,8 +62,7 @@ def _evaluate(store: Store, job: EvaluateJob) -> dict[str, Any]:
     whos: list[Who] = ["teacher", "student", *(["student_untrained"] if run.evaluate.untrained else [])]  # type: ignore[list-item]
     questions = read_questions(run.evaluate, _encoder(job, load_processor(job.teacher)))
     with session():
-        place = run.placement.evaluate
-        check_fits("evaluate", place)
+        check_fits(run.placement, "evaluate")
         asked = _ask(job, whos, len(questions))
     answers = {who: found for who, (found, _) in asked.items()}
     head_model = load_model(job.teacher, getattr(torch, run.evaluate.dtype), torch.device("cpu"))
@@ -97,10 +96,8 @@ def _ask(job: EvaluateJob, whos: list[Who], count: int) -> dict[Who, tuple[Answe
     from ray.util.queue import Queue
 
     place = job.run.placement.evaluate
-    mailbox = Queue(actor_options={"num_cpus": 0})
-    remote = ray.remote(
-        num_cpus=place.cpus_per_worker, num_gpus=place.gpus_per_worker, accelerator_type=place.accelerator_type
-    )(answer_as)
+    mailbox = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here()})
+    remote = ray.remote(**worker_options(place))(answer_as)
     waiting = {remote.remote(job, who, mailbox): who for who in whos}
     answers: dict[Who, tuple[Answers, Backend | None]] = {}
     done = dict.fromkeys(whos, 0)

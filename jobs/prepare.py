@@ -11,10 +11,10 @@ from typing import Any
 import pyarrow as pa
 
 from cluster.datasets import shard_dataset
-from cluster.placement import check_fits
+from cluster.placement import check_fits, worker_options
 from cluster.session import session
 from jobs.progress import Progress
-from jobs.stages import absolute, reading, resolved, store_of, teacher_digests, teacher_of
+from jobs.stages import reading, resolved, store_of, teacher_digests, teacher_of
 from pipeline.answers import Answerer
 from pipeline.data.encoding import Encoder
 from pipeline.data.processors import load_processor
@@ -29,7 +29,7 @@ from pipeline.store import Store
 from schemas.artifacts import ArtifactRef
 from schemas.config import PrepareConfig, RunConfig, StoreConfig, TeacherConfig
 from schemas.errors import SampleInvalid
-from schemas.placement import PreparePlacement
+from schemas.placement import Placement, PreparePlacement
 from schemas.sections import Device
 from schemas.tables import SAMPLES
 
@@ -64,19 +64,18 @@ def stage(run: RunConfig) -> Stage:
     }
 
     def work(store: Store, fingerprint: str, journal: Journal) -> dict[str, Any]:
-        where = {"data": absolute(config.data), "images": absolute(config.images)}
         job = PrepareJob(
             store=store_of(run),
             samples=run.ref("prepare"),
             teacher=teacher_of(run),
-            config=config.model_copy(update=where),
+            config=config,
             fingerprint=fingerprint,
             device=run.placement.device,
             place=run.placement.prepare,
             command=journal.command,
         )
         try:
-            count = _prepare(store, job, journal)
+            count = _prepare(store, job, run.placement, journal)
             counts = finish(store, job.samples, config, count, fingerprint)
             return {**counts, "end_token": encoder.renderer.has_end()}
         except SampleInvalid:
@@ -92,41 +91,40 @@ def _unusual(config: PrepareConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", include={"template", "answers", "truncated_images"}, exclude_defaults=True)
 
 
-def _prepare(store: Store, job: PrepareJob, journal: Journal) -> int:
+def _prepare(store: Store, job: PrepareJob, placement: Placement, journal: Journal) -> int:
     """Commits what is missing; returns the number of shards that there are then."""
     found = parts(job.config.data, job.config.shard_rows)
     todo = {i: found[i] for i in uncommitted(store, job.samples, len(found))}
     journal.note("todo", shards=len(found))
     done = 0
     with Progress("prepare", sum(part.count for part in todo.values()), "records") as progress:
-        for records in (_on_workers if job.place.workers else _here)(job, todo, job.place):
+        for records in (_on_workers if job.place.workers else _here)(job, todo, placement):
             done += records
             progress.update(done)
     return len(found)
 
 
-def _here(job: PrepareJob, todo: dict[int, Part], _: PreparePlacement) -> Iterator[int]:
+def _here(job: PrepareJob, todo: dict[int, Part], _: Placement) -> Iterator[int]:
     worker = PrepareWorker(job) if todo else None
     for index, part in todo.items():
         assert worker is not None
         yield worker.commit(index, part)
 
 
-def _on_workers(job: PrepareJob, todo: dict[int, Part], place: PreparePlacement) -> Iterator[int]:
+def _on_workers(job: PrepareJob, todo: dict[int, Part], placement: Placement) -> Iterator[int]:
     if not todo:
         return
     with session():
         from ray.data import ActorPoolStrategy
 
-        check_fits("prepare", place)
+        check_fits(placement, "prepare")
+        place = placement.prepare
         dataset = shard_dataset([{"shard": i, **asdict(part)} for i, part in todo.items()]).map_batches(
             PrepareWorker,
             fn_constructor_args=(job,),
             batch_size=1,
             batch_format="pyarrow",
-            num_cpus=place.cpus_per_worker,
-            num_gpus=place.gpus_per_worker or None,
-            accelerator_type=place.accelerator_type,
+            **worker_options(place),
             compute=ActorPoolStrategy(size=min(place.workers, len(todo))),
         )
         yield from (row["records"] for row in dataset.iter_rows())

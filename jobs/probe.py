@@ -60,7 +60,7 @@ def probe(run: RunConfig, samples: Sequence[EncodedSample]) -> Measured:
         shards = _write_samples(store, job, samples, SHARDS_A_WORKER * place.workers)
         started = time.monotonic()
         with session():
-            check_fits("cache", place, spare_cpus=DECODE_CPUS)
+            check_fits(run.placement, "cache", spare_cpus=DECODE_CPUS)
             assert sum(committed(job, place, list(range(shards)))) == len(samples)
         manifest = fold_manifest(store, job.targets, targets_table(job.config, job.tapped), shards, FINGERPRINT)
         seconds = time.monotonic() - started

@@ -1,6 +1,7 @@
 """Runs or previews a stage by name, and what several stages' identities need: facts about teacher, layers and files."""
 
 import importlib
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from rich.console import Console
 
 from cluster.submitted import submission_id
 from pipeline.folders import folder_digests
-from pipeline.hub import folder_of, is_hub_name, pinned
-from pipeline.stage import Stage, run_stage, status
+from pipeline.hub import folder_of, pinned
+from pipeline.stage import Stage, read_record, run_stage, status
 from pipeline.store import Store
 from schemas.config import RunConfig, StoreConfig, TeacherConfig
 from schemas.errors import ConfigInvalid
@@ -53,14 +54,22 @@ def run_named(name: str, run: RunConfig, out: Console) -> None:
         out.print(f"[green]{stage.ref}[/] is already done (fingerprint {record.fingerprint[:8]}); nothing to do")
 
 
-def preview(name: str, run: RunConfig, out: Console) -> None:
+def preview(names: Sequence[str], run: RunConfig, out: Console) -> None:
     """Checks everything that can be checked before work, and prints the resolved run and what would be done."""
-    stage = load_stage(name, run)
-    store = open_store(run)
-    says = {"done": "is already done", "partial": "is begun and would be continued", "new": "would be made"}
-    state = says[status(store, stage)]
+    stages, store = [load_stage(name, run) for name in names], open_store(run)
+    made = [str(stage.ref) for stage in stages]
+    states = [_state(store, stage, made) for stage in stages]
     out.print(dump_run(run), end="", markup=False)
-    out.print(f"# {store.path(str(stage.ref))} {state}", markup=False)
+    for stage, state in zip(stages, states, strict=True):
+        out.print(f"# {store.path(str(stage.ref))} {state}", markup=False)
+
+
+def _state(store: Store, stage: Stage, made: Sequence[str]) -> str:
+    """What would become of a stage, where the artifacts in ``made`` are made before it if they are not there."""
+    if any(str(ref) in made and read_record(store, ref) is None for ref in stage.inputs):
+        return "would be made after that"
+    says = {"done": "is already done", "partial": "is begun and would be continued", "new": "would be made"}
+    return says[status(store, stage)]
 
 
 @lru_cache(maxsize=4)
@@ -120,16 +129,10 @@ def open_store(run: RunConfig) -> Store:
 
 def store_of(run: RunConfig) -> StoreConfig:
     """Where the run's store is, for workers."""
-    return run.store.model_copy(update={"url": absolute(run.store.url)})
-
-
-def absolute(path: str) -> str:
-    """A path that means the same to Ray's workers, which have other working directories; URLs as they are."""
-    return path if "://" in path else str(Path(path).absolute())
+    url = run.store.url
+    return run.store.model_copy(update={"url": url if "://" in url else str(Path(url).absolute())})
 
 
 def teacher_of(run: RunConfig) -> TeacherConfig:
-    """The teacher for workers: a folder's absolute path, or a name on the hub with the commit to take."""
-    if is_hub_name(run.teacher.path):
-        return pinned(run.teacher)
-    return run.teacher.model_copy(update={"path": absolute(run.teacher.path)})
+    """The teacher for workers: a folder, or a name on the hub with the commit to take."""
+    return pinned(run.teacher)

@@ -59,6 +59,10 @@ class ClusterLost(DecantError):
     """The Ray session did not start, or ended before its stage did."""
 
 
+class ClusterUnavailable(DecantError):
+    """A running cluster cannot be reached, refuses us, or runs another Ray."""
+
+
 class BackendUnavailable(DecantError):
     """A backend was asked for by name and cannot be used here; says why and how to install it."""
 

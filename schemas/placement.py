@@ -1,19 +1,78 @@
 """Where the stages run: resources, workers and what engines do with them. Never part of an artifact's identity."""
 
+import re
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from schemas.sections import Backend, Device, Section, Split, Strategy, Tracker
 
+# Ray's label of nodes that can be taken away at short notice, and the labels that Ray's syntax allows to select:
+# a value, `in(a, b)`, and either of them with `!` before it.
+MARKET, SPOT = "ray.io/market-type", "spot"
+VALUE = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+SELECTOR = re.compile(rf"!?(?:{VALUE}|in\({VALUE}(?:, ?{VALUE})*\))")
+# Ray has fields of their own for these.
+BUILT_IN = ("CPU", "GPU", "memory", "object_store_memory")
+
 
 class WorkerPlacement(Section):
-    """Resources of the workers of one stage; ``accelerator_type`` as Ray names it (``H100``, ``A100``, ``L4``)."""
+    """Resources of the workers of one stage, and the nodes that they may run on.
+
+    ``memory_per_worker`` in GiB is set aside on the node; ``accelerator_type`` as Ray names it (``H100``, ``L4``).
+    ``resources`` are custom ones, an amount a worker; ``labels`` select nodes (``pool: teacher``, ``zone: in(a, b)``,
+    ``pool: "!student"``); ``spot: false`` keeps off nodes that can be taken away. A session of this machine alone has
+    one node, which is every pool: there these three say nothing.
+    """
 
     workers: int = Field(1, ge=1)
     cpus_per_worker: float = Field(1.0, gt=0)
     gpus_per_worker: float = Field(0.0, ge=0)
+    memory_per_worker: float | None = Field(None, gt=0)
     accelerator_type: str | None = None
+    resources: dict[str, float] = Field(default_factory=dict)
+    labels: dict[str, str] = Field(default_factory=dict)
+    spot: bool = True
+
+    @field_validator("resources")
+    @classmethod
+    def _custom(cls, value: dict[str, float]) -> dict[str, float]:
+        for name, amount in value.items():
+            if name in BUILT_IN:
+                raise ValueError(
+                    f"{name} is not a custom resource; use cpus_per_worker, gpus_per_worker, memory_per_worker"
+                )
+            if amount <= 0 or (amount > 1 and amount != int(amount)):
+                raise ValueError(f"{name}: {amount:g} is not an amount: a whole number, or a part of one")
+        return value
+
+    @field_validator("labels")
+    @classmethod
+    def _selects(cls, value: dict[str, str]) -> dict[str, str]:
+        return selectors(value)
+
+    @model_validator(mode="after")
+    def _one_market(self) -> "WorkerPlacement":
+        if not self.spot and MARKET in self.labels:
+            raise ValueError(f"labels: {MARKET} and `spot: false` say the same; give one of them")
+        return self
+
+    @property
+    def selector(self) -> dict[str, str]:
+        """Which nodes, as Ray's label selector."""
+        return self.labels if self.spot else {**self.labels, MARKET: f"!{SPOT}"}
+
+
+def selectors(value: dict[str, str]) -> dict[str, str]:
+    """The label selectors, checked.
+
+    Raises:
+        ValueError: one is not in Ray's syntax.
+    """
+    for name, text in value.items():
+        if not SELECTOR.fullmatch(text):
+            raise ValueError(f"{name}: {text!r} selects nothing; expected a value, `in(a, b)`, or either after `!`")
+    return value
 
 
 class PreparePlacement(WorkerPlacement):
@@ -34,15 +93,22 @@ class CachePlacement(WorkerPlacement):
 
     A worker with several GPUs spreads one teacher over them, for teachers too large for one. ``split: layers`` puts
     whole layers on each, which work in turn; ``tensor`` cuts every matrix, and all work at once, each by a process of
-    its own. Without GPUs there is a process of ``tensor`` for each of the worker's CPUs. A shard whose worker is lost
-    is begun again up to ``retries`` times by one command.
+    its own. Without GPUs there is a process of ``tensor`` for each of the worker's CPUs. ``decoder_labels`` select the
+    nodes of the CPU workers, as ``labels`` those of the teacher's. A shard whose worker is lost is begun again up to
+    ``retries`` times by one command.
     """
 
     batch: int = Field(32, ge=1)
     decoders: int = Field(2, ge=1)
+    decoder_labels: dict[str, str] = Field(default_factory=dict)
     split: Split = "layers"
     # as for prepare
     retries: int = Field(3, ge=0)
+
+    @field_validator("decoder_labels")
+    @classmethod
+    def _selects_decoders(cls, value: dict[str, str]) -> dict[str, str]:
+        return selectors(value)
 
     @property
     def parts(self) -> int:
@@ -98,10 +164,15 @@ class DistillPlacement(WorkerPlacement):
 
 
 class Placement(Section):
-    """Where the stages run. Changing it never changes what a stage makes, beyond the hardware's rounding."""
+    """Where the stages run. Changing it never changes what a stage makes, beyond the hardware's rounding.
+
+    A placement that the cluster's nodes cannot hold is refused, or with ``autoscales`` waited for: the cluster adds
+    nodes when work asks for them.
+    """
 
     device: Device = "auto"
     backend: Backend = "auto"
+    autoscales: bool = False
     prepare: PreparePlacement = PreparePlacement()
     cache: CachePlacement = CachePlacement()
     distill: DistillPlacement = DistillPlacement()

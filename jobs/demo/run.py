@@ -7,7 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
-from jobs.stages import NAMES, load_stage, open_store, run_named
+from jobs.carry import Code
+from jobs.remote import LOCAL, run_stages
+from jobs.stages import NAMES, load_stage, open_store
 from schemas.config import RunConfig
 from schemas.runfile import dump_run, load_run
 
@@ -24,22 +26,28 @@ def run_demo(
     train_scenes: int,
     test_scenes: int,
     dry_run: bool,
-) -> None:
-    """Runs the demo; every part that is on disk already is kept. Prints where the report is."""
+    on: str = LOCAL,
+    code: Code = "upload",
+) -> int:
+    """Runs the demo; every part that is on disk already is kept. Prints where the report is.
+
+    On a cluster the scenes are drawn here and travel with the job. Returns the exit code.
+    """
     package = resources.files("jobs")
     run = load_run(run_file or Path(str(package / "configs" / "demo.yaml")), [*_teacher(run_file), *overrides])
     if dry_run:
         out.print(dump_run(run), end="", markup=False)
         out.print(f"# would draw {train_scenes} + {test_scenes} scenes, then run: {', '.join(NAMES)}", markup=False)
-        return
+        return 0
     for name in NEEDS_NO_DATA:
         load_stage(name, run)
     _draw(run, train_scenes, test_scenes)
-    for name in NAMES:
-        run_named(name, run, out)
+    if status := run_stages(NAMES, run, on, code, out):
+        return status
     report, page = write_report(run)
     _summary(report, out)
     out.print(f"report: [bold]{page}[/] and {page.removesuffix('html')}json")
+    return 0
 
 
 def _teacher(run_file: Path | None) -> list[str]:

@@ -1,13 +1,15 @@
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from cluster.session import find_users_error, session
-from schemas.errors import ClusterLost, ShardCorrupt
+from cluster.session import as_guest, find_users_error, session
+from schemas.errors import ClusterLost, ClusterUnavailable, ShardCorrupt
+from tests.servers import free_port
 
 
 class Wrapper(Exception):
@@ -65,6 +67,31 @@ def test_a_killed_raylet_is_told_as_such_and_what_to_do(stub_ray: Callable[..., 
     stub_ray(is_initialized=lambda: True)
     with pytest.raises(ClusterLost, match=r"\(raylet\) .* was killed; .* run the same command again"), session():
         raise RayletDied
+
+
+def test_a_cluster_that_does_not_answer_is_told_at_once(
+    stub_ray: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub_ray(is_initialized=lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
+    with pytest.raises(ClusterUnavailable, match=r"--on auto: .* refused; `ray start --head`"), session(join=True):
+        raise AssertionError("nothing runs without a cluster")
+
+
+def test_a_clusters_token_is_used_where_there_is_one(
+    stub_ray: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stub_ray()
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    as_guest()
+    assert "RAY_AUTH_MODE" not in os.environ
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("token")
+    as_guest()
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert "RAY_AUTH_TOKEN" not in os.environ
 
 
 def test_a_session_that_does_not_start_says_why_and_what_to_do(stub_ray: Callable[..., None]) -> None:

@@ -29,7 +29,9 @@ def decant(*arguments: str) -> Result:
 
 def options() -> str:
     lines = []
-    for name, command in sorted(typer.main.get_command(app).commands.items()):  # type: ignore[attr-defined]
+    known = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    known |= {f"jobs {name}": command for name, command in known.pop("jobs").commands.items()}
+    for name, command in sorted(known.items()):
         shown = [
             " / ".join(p.opts) + (f" {p.metavar}" if p.metavar else "") for p in command.params if p.name != "help"
         ]

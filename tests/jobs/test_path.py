@@ -236,5 +236,7 @@ def test_placement_that_never_fits_is_refused(finished: RunConfig, tmp_path: Pat
             "evaluate": finished.evaluate.model_copy(update={"artifact": "wide@1"}),
         }
     )
-    with pytest.raises(ConfigInvalid, match=r"placement\.evaluate: 1 workers need 9 GPU, this cluster has"):
+    with pytest.raises(
+        ConfigInvalid, match=r"placement\.evaluate: 1 workers of 1 CPU, 9 GPU do not fit: .* room for 0"
+    ):
         run_named("evaluate", wide, Console(file=io.StringIO()))

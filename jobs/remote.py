@@ -1,0 +1,144 @@
+"""Runs stages where ``--on`` says: in a session of this machine, on a cluster that it is part of, or as a job there."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from jobs.carry import RUN_FILE, Code, pack
+from jobs.stages import NAMES, open_store, run_named, store_of
+from schemas.config import RunConfig
+from schemas.errors import ConfigInvalid
+
+LOCAL, AUTO = "local", "auto"
+# As shells have it for a command that Ctrl-C ended.
+INTERRUPTED = 130
+
+
+def check_address(on: str) -> None:
+    """Raises ConfigInvalid where ``--on`` names no place."""
+    if on not in (LOCAL, AUTO) and not on.startswith(("http://", "https://")):
+        raise ConfigInvalid(f"--on {on}: expected local, auto, or the address of a dashboard such as http://head:8265")
+
+
+def stages_of(text: str) -> tuple[str, ...]:
+    """The stages of ``--stages cache,distill``, in the order in which they run.
+
+    Raises:
+        ConfigInvalid: one is not a stage.
+    """
+    named = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = sorted(set(named) - set(NAMES))
+    if unknown or not named:
+        what = ", ".join(unknown) or "none given"
+        raise ConfigInvalid(f"--stages {text}: {what}; expected some of {','.join(NAMES)}")
+    return tuple(name for name in NAMES if name in named)
+
+
+def run_stages(names: Sequence[str], run: RunConfig, on: str, code: Code, out: Console) -> int:
+    """Runs stages one after another; returns the exit code, which is a job's own where there is one."""
+    check_address(on)
+    if on not in (LOCAL, AUTO):
+        return _submit(names, run, on, code, out)
+    if on == AUTO:
+        _run_here(names, run, code, out)
+    else:
+        _each(names, run, out)
+    return 0
+
+
+def _each(names: Sequence[str], run: RunConfig, out: Console) -> None:
+    for name in names:
+        run_named(name, run, out)
+
+
+def _run_here(names: Sequence[str], run: RunConfig, code: Code, out: Console) -> None:
+    """Runs stages with this process as the driver of the cluster that it is on."""
+    from cluster.placement import check_reach
+    from cluster.session import session
+
+    # as a job, it has all of this with it
+    inside = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    whole = run.model_copy(update={"store": store_of(run)})
+    with tempfile.TemporaryDirectory(prefix="decant-") as folder:
+        if not inside:
+            pack(whole, names, code, Path(folder))
+        with session(None if inside else folder, join=True):
+            store = open_store(whole)
+            check_reach(store.root if store.local else None, _absolute(whole, names))
+            _each(names, whole, out)
+
+
+def _absolute(run: RunConfig, names: Sequence[str]) -> dict[str, str]:
+    """Settings with absolute paths that the stages read."""
+    named = {"teacher.path": run.teacher.path}
+    for stage in ("prepare", "evaluate"):
+        if stage in names:
+            named |= {f"{stage}.data": getattr(run, stage).data, f"{stage}.images": getattr(run, stage).images}
+    return {setting: path for setting, path in named.items() if Path(path).is_absolute()}
+
+
+def _submit(names: Sequence[str], run: RunConfig, on: str, code: Code, out: Console) -> int:
+    from cluster.submission import connect, submit
+
+    with tempfile.TemporaryDirectory(prefix="decant-") as folder:
+        pack(run, names, code, Path(folder))
+        client = connect(on)
+        arguments = ["run", RUN_FILE, "--stages", ",".join(names), "--on", AUTO]
+        job = submit(client, arguments, folder, run.name, ",".join(names))
+    out.print(f"job [bold]{job}[/] on {on}; Ctrl-C leaves it running")
+    return follow_job(job, on, out)
+
+
+def follow_job(job: str, on: str, out: Console) -> int:
+    """Shows what a job prints until it ends, and returns its exit code; Ctrl-C leaves it running."""
+    from cluster.submission import connect, follow
+
+    check_address(on)
+    try:
+        return follow(connect(on), job, _write)
+    except KeyboardInterrupt:
+        out.print(
+            f"\nthe job goes on; follow it with `decant jobs logs {job} --on {on}`, "
+            f"end it with `decant jobs stop {job} --on {on}`",
+            markup=False,
+        )
+        return INTERRUPTED
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def list_jobs(on: str, out: Console) -> None:
+    """Prints our jobs on a cluster, the latest last."""
+    from cluster.submission import connect, jobs
+
+    found = jobs(connect(on))
+    if not found:
+        out.print(f"no jobs of decant on {on}")
+        return
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("job", no_wrap=True, min_width=max(len(job.id) for job in found))  # to be copied
+    for column in ("run", "stages", "status", "began", "took"):
+        table.add_column(column)
+    for job in found:
+        took = f"{job.seconds:,.0f} s" if job.seconds is not None else ""
+        table.add_row(job.id, job.run, job.stages.replace(",", ", "), job.status, job.began, took)
+    out.print(table)
+
+
+def stop_job(job: str, on: str, out: Console) -> None:
+    """Ends a job; what it committed stays, and the same command goes on from there."""
+    from cluster.submission import connect, stop
+
+    if stop(connect(on), job):
+        out.print(f"{job} is ending; what it committed stays, and the same command goes on from there")
+    else:
+        out.print(f"{job} was not running")
