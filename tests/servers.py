@@ -3,6 +3,7 @@
 Both know one user, whose credentials are ``KEY`` and ``SECRET``, and begin without buckets.
 """
 
+import secrets
 import shutil
 import socket
 import subprocess
@@ -13,7 +14,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-KEY, SECRET = "tester", "not-a-secret"
+# A secret like no other text, so that tests can look for it where it must not be.
+KEY, SECRET = "tester", secrets.token_hex(20)
 CEPH_PROGRAMS = ("ceph", "ceph-authtool", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")
 # Ceph's daemons need some seconds each to find one another; on a busy machine several times that.
 PATIENCE = 120.0
@@ -68,13 +70,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def rclone(folder: Path) -> Iterator[str]:
+def rclone(folder: Path, host: str = "127.0.0.1", port: int | None = None) -> Iterator[str]:
     """The endpoint of a server whose buckets are the folders in ``folder``."""
-    program, port = str(Path(sys.executable).with_name("rclone")), free_port()
+    program, port = str(Path(sys.executable).with_name("rclone")), port or free_port()
     with ExitStack() as running:
-        _start(running, program, "serve", "s3", f"--addr=127.0.0.1:{port}", f"--auth-key={KEY},{SECRET}", str(folder))
-        _wait_for(port)
-        yield f"http://127.0.0.1:{port}"
+        _start(running, program, "serve", "s3", f"--addr={host}:{port}", f"--auth-key={KEY},{SECRET}", str(folder))
+        _wait_for(port, host)
+        yield f"http://{host}:{port}"
 
 
 def missing_ceph() -> list[str]:
@@ -127,11 +129,11 @@ def _start(running: ExitStack, *command: str) -> None:
     running.callback(process.kill)
 
 
-def _wait_for(port: int) -> None:
+def _wait_for(port: int, host: str = "127.0.0.1") -> None:
     deadline = time.monotonic() + PATIENCE
     while True:
         with socket.socket() as client:
-            if client.connect_ex(("127.0.0.1", port)) == 0:
+            if client.connect_ex((host, port)) == 0:
                 return
         assert time.monotonic() < deadline, f"nothing listens on port {port}"
         time.sleep(0.05)
