@@ -11,11 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import yaml
 
 # A command imports the frameworks and starts Ray before it works: half a minute here, ten times that on a busy machine.
 PATIENCE = 300.0
 OUTPUT = "output.txt"
+# For tests that start Ray in their own process.
+IN_A_SESSION = [
+    pytest.mark.ray,
+    # Ray's own sockets and files are closed by its processes, not by the garbage collector
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
+]
 
 
 @contextmanager

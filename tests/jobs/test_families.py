@@ -19,17 +19,11 @@ from pipeline.data.conversations import Conversation, Turn
 from pipeline.data.encoding import Encoder
 from pipeline.data.processors import load_processor
 from pipeline.student import load_hybrid
+from tests.processes import IN_A_SESSION
 from tests.teachers import FAMILIES, WITH_IMAGES, write_teacher
 from tests.tinyllava import write_checkpoint
 
-pytestmark = [
-    pytest.mark.ray,
-    # Ray's own sockets and files are closed by its processes, not by the garbage collector
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
-]
+pytestmark = IN_A_SESSION
 # What the default tests can wait for: 3-D positions, dynamic images, and its own answers to learn from.
 QUICK = "qwen2.5-vl"
 NAMES = [*FAMILIES, "tinyllava"]

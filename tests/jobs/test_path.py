@@ -25,17 +25,10 @@ from schemas.artifacts import LOG
 from schemas.config import RunConfig
 from schemas.errors import ConfigInvalid, ShardCorrupt
 from tests.conftest import tiny_settings
-from tests.processes import kill_when, started
+from tests.processes import IN_A_SESSION, kill_when, started
 from tests.tolerances import FLOAT32_LOGITS, PLANNED_BYTES
 
-pytestmark = [
-    pytest.mark.ray,
-    # Ray's own sockets and files are closed by its processes, not by the garbage collector
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
-]
+pytestmark = IN_A_SESSION
 PLACEMENT = {"cache": {"workers": 1, "cpus_per_worker": 0.75, "batch": 3, "decoders": 1}, "distill": {"workers": 2}}
 
 

@@ -18,15 +18,9 @@ from pipeline.store import Store
 from schemas.config import RunConfig
 from schemas.errors import WorkersLost
 from tests.doomed import DECODE, FOLDER, START, DoomedTeacher, DoomedWorker, doom, doomed_decode
+from tests.processes import IN_A_SESSION
 
-pytestmark = [
-    pytest.mark.ray,
-    # Ray's own sockets and files are closed by its processes, not by the garbage collector
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
-]
+pytestmark = IN_A_SESSION
 OUT = Console(file=io.StringIO())
 FOREVER = 1000
 
