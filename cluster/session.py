@@ -75,7 +75,7 @@ def as_guest() -> None:
 
 
 def _as_host() -> None:
-    _set({**SWITCHES, **QUICK})
+    _set(SWITCHES)
     if "RAY_AUTH_MODE" not in os.environ:
         _set({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
 
@@ -109,6 +109,7 @@ def _knock(address: str) -> None:
 def _start() -> None:
     import ray
 
+    _set(QUICK)  # not where a cluster was joined, whose nodes can go
     try:
         # "local": a plain ray.init() would join whatever cluster happens to run on this machine
         ray.init(
