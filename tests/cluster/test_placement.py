@@ -1,12 +1,14 @@
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from cluster.placement import GIB, check_fits, matches, selector_of, worker_options
+from cluster import placement
+from cluster.placement import GIB, check_fits, check_reach, matches, selector_of, worker_options
 from cluster.session import LOCAL
 from schemas.errors import ConfigInvalid
 from schemas.placement import Placement, WorkerPlacement
@@ -116,6 +118,23 @@ def test_an_elastic_group_needs_room_for_its_smallest_only(nodes: Callable[..., 
     check_fits(Placement.model_validate({"distill": {"workers": 16, "min_workers": 9}}), "distill")
     with pytest.raises(ConfigInvalid, match=r"placement\.distill: 10 workers"):
         check_fits(Placement.model_validate({"distill": {"workers": 16, "min_workers": 10}}), "distill")
+
+
+def test_a_store_that_is_a_folder_of_one_node_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def looked_for(wanted: dict[str, str]) -> dict[str, tuple[str, list[str]]]:
+        assert placement._missing(wanted) == ["prepare.data"]  # what this node says
+        seen.append(wanted["store"])
+        return {"store": (str(tmp_path), ["10.0.0.1", "10.0.0.2"]), "prepare.data": ("/nowhere", ["10.0.0.0"])}
+
+    monkeypatch.setattr(placement, "_looked_for", looked_for)
+    with pytest.raises(ConfigInvalid) as refusal:
+        check_reach(str(tmp_path / "store"), {"prepare.data": "/nowhere", "teacher.path": str(tmp_path)})
+    assert f"store: {tmp_path}: not seen by 10.0.0.1, 10.0.0.2" in str(refusal.value)
+    assert "prepare.data: /nowhere: not seen by 10.0.0.0" in str(refusal.value)
+    assert not Path(seen[0]).exists()
+    check_reach(None, {})
 
 
 @pytest.mark.parametrize(
