@@ -80,13 +80,23 @@ class Store:
                 time.sleep(FIRST_WAIT * 2**attempt * random.uniform(0.5, 1.0))
         raise AssertionError("the last attempt returns or raises")
 
+    def _ask(self, name: str, action: Callable[[], T]) -> T:
+        """As ``patiently``, of what is the store's own: that it is not allowed is the user's to put right."""
+        try:
+            return self.patiently(name, action)
+        except PermissionError as error:
+            raise StoreUnavailable(
+                f"{self.path(name)}: not allowed: {error}; check `store` ({self.url}), and its credentials in this "
+                "process's environment or the folder's permissions"
+            ) from None
+
     def _info(self, name: str) -> dict[str, Any] | None:
         """What the file system says of an object or folder, None where there is none.
 
         Asked for by itself, because ``exists`` and ``isfile`` of many file systems take any failure for a no.
         """
         try:
-            return cast("dict[str, Any]", self.patiently(name, lambda: self.fs.info(self.path(name))))
+            return cast("dict[str, Any]", self._ask(name, lambda: self.fs.info(self.path(name))))
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -118,19 +128,19 @@ class Store:
 
     def size(self, name: str) -> int:
         """The object's size in bytes."""
-        return cast(int, self.patiently(name, lambda: self.fs.size(self.path(name))))
+        return cast(int, self._ask(name, lambda: self.fs.size(self.path(name))))
 
     def names(self, folder: str) -> list[str]:
         """Names of the committed objects directly in a folder, sorted; empty where there is no folder."""
         try:
-            found = self.patiently(folder, lambda: self.fs.ls(self.path(folder), detail=False, refresh=True))
+            found = self._ask(folder, lambda: self.fs.ls(self.path(folder), detail=False, refresh=True))
         except FileNotFoundError:
             return []
         return sorted(name for name in (p.rsplit("/", 1)[-1] for p in found) if not name.startswith(".tmp-"))
 
     def listing(self, folder: str) -> dict[str, Committed]:
         """All committed objects below a folder, by their paths within it, sorted."""
-        found = self.patiently(folder, lambda: self.fs.find(self.path(folder), detail=True, refresh=True))
+        found = self._ask(folder, lambda: self.fs.find(self.path(folder), detail=True, refresh=True))
         inside = {path.removeprefix(self.path(folder) + "/"): entry for path, entry in found.items()}
         names = sorted(name for name in inside if not name.rsplit("/", 1)[-1].startswith(".tmp-"))
         return {name: Committed(inside[name]["size"], _modified(inside[name])) for name in names}
@@ -143,7 +153,7 @@ class Store:
         """Removes an object or a whole folder, if it is there."""
         # where an answer was lost, the second attempt finds nothing
         with suppress(FileNotFoundError):
-            self.patiently(name, lambda: self.fs.rm(self.path(name), recursive=True))
+            self._ask(name, lambda: self.fs.rm(self.path(name), recursive=True))
 
     def write(self, name: str, data: bytes) -> None:
         """Commits the object as a whole, in place of any earlier one.

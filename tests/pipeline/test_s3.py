@@ -227,3 +227,15 @@ def test_store_that_is_gone_is_named(impatient: pytest.MonkeyPatch) -> None:
     impatient.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     with pytest.raises(StoreUnavailable, match=rf"{BUCKET}/a@1/x: no answer from the store in 6 attempts"):
         Store(f"s3://{BUCKET}").write("a@1/x", b"data")
+
+
+@pytest.mark.usefixtures("server")
+def test_wrong_credentials_are_told_whatever_is_asked(impatient: pytest.MonkeyPatch) -> None:
+    impatient.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    store = Store(f"s3://{BUCKET}/refused")
+    for ask in (store.exists, store.is_file, store.size, store.names, store.sizes, store.remove, store.read):
+        with pytest.raises(StoreUnavailable, match=r"refused/x: (not allowed|cannot be read)") as refusal:
+            ask("x")
+        assert "wrong" not in str(refusal.value)
+    with pytest.raises(StoreUnavailable, match="refused/x: cannot be written"):
+        store.write("x", b"x")
