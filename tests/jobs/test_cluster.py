@@ -25,7 +25,7 @@ from tests.nodes import Cluster, Loopback, Namespaces, cluster, missing_namespac
 from tests.processes import OUTPUT, PATIENCE, wait_until
 from tests.servers import KEY, SECRET, rclone
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 BUCKET = "decant"
 # What the nodes have in their environment, and nobody else. rclone hands out a whole object's checksum with a part.
 STORAGE = {
@@ -196,7 +196,6 @@ def assert_demo_made(client: Client) -> None:
     assert_secret(client)
 
 
-@pytest.mark.slow
 def test_the_demo_goes_through_stage_by_stage_and_each_is_done_once(tmp_path: Path) -> None:
     with outside(tmp_path, "teacher", "student", "cpu") as (client, endpoint):
         changes = draw_demo(client, endpoint)
@@ -210,7 +209,6 @@ def test_the_demo_goes_through_stage_by_stage_and_each_is_done_once(tmp_path: Pa
         assert "already done" in again.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(missing_namespaces() is not None, reason=str(missing_namespaces()))
 def test_the_demo_goes_through_as_one_job_between_nodes_that_share_only_a_network(tmp_path: Path) -> None:
     with Namespaces() as network, outside(tmp_path, "teacher", "student", "cpu", network=network) as (client, endpoint):
@@ -234,7 +232,6 @@ def tiny(tiny_teacher: Path, scenes_folder: Path) -> Iterator[Client]:
         yield client
 
 
-@pytest.mark.slow
 def test_what_a_user_can_put_right_ends_the_command_as_it_would_here(tiny: Client) -> None:
     early = tiny.decant("evaluate", "run.yaml")
     assert early.returncode == 2
@@ -243,7 +240,6 @@ def test_what_a_user_can_put_right_ends_the_command_as_it_would_here(tiny: Clien
     assert "Traceback" not in early.stdout
 
 
-@pytest.mark.slow
 def test_a_placement_that_the_nodes_cannot_hold_is_refused_with_what_there_is(tiny: Client) -> None:
     huge = tiny.decant("cache", "run.yaml", "--set", "placement.cache.workers=2", "--set", "cache.artifact=huge@1")
     assert huge.returncode == 2
@@ -253,7 +249,6 @@ def test_a_placement_that_the_nodes_cannot_hold_is_refused_with_what_there_is(ti
     assert tiny.on_store("tiny/cache/huge@1/shard-*") == []
 
 
-@pytest.mark.slow
 def test_a_client_without_the_token_is_refused(tiny: Client) -> None:
     tiny.nodes.access, kept = {**tiny.nodes.access, "RAY_AUTH_TOKEN": "0" * 64}, tiny.nodes.access
     try:
@@ -267,7 +262,6 @@ def test_a_client_without_the_token_is_refused(tiny: Client) -> None:
 LONG = ("--set", "distill.phases.1.steps=100000", "--set", "distill.artifact=long@1")
 
 
-@pytest.mark.slow
 def test_ctrl_c_leaves_the_job_running_and_it_can_be_listed_followed_and_stopped(tiny: Client) -> None:
     assert tiny.decant("cache", "run.yaml").returncode == 0
     with tiny.begun("distill", "run.yaml", *LONG) as process:
@@ -290,6 +284,5 @@ def test_ctrl_c_leaves_the_job_running_and_it_can_be_listed_followed_and_stopped
     assert psutil.wait_procs(working, timeout=PATIENCE)[1] == []
 
 
-@pytest.mark.slow
 def test_nothing_tells_a_secret_after_all_of_that(tiny: Client) -> None:
     assert_secret(tiny)
