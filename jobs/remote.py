@@ -6,9 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from jobs.carry import RUN_FILE, Code, pack
 from jobs.stages import NAMES, open_store, run_named, store_of
@@ -124,14 +122,9 @@ def list_jobs(on: str, out: Console) -> None:
     if not found:
         out.print(f"no jobs of decant on {on}")
         return
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("job", no_wrap=True, min_width=max(len(job.id) for job in found))  # to be copied
-    for column in ("run", "stages", "status", "began", "took"):
-        table.add_column(column)
     for job in found:
-        took = f"{job.seconds:,.0f} s" if job.seconds is not None else ""
-        table.add_row(job.id, job.run, job.stages.replace(",", ", "), job.status, job.began, took)
-    out.print(table)
+        took = f", {job.seconds:,.0f} s" if job.seconds is not None else ""
+        out.print(f"[bold]{job.id}[/]\n  {job.status}, {job.stages.replace(',', ', ')} of {job.run}, {job.began}{took}")
 
 
 def stop_job(job: str, on: str, out: Console) -> None:

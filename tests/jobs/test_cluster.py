@@ -276,10 +276,10 @@ def test_ctrl_c_leaves_the_job_running_and_it_can_be_listed_followed_and_stopped
         assert wait_until(lambda: tiny.on_store(checkpoints) != before, process, "one more"), tiny.said()
         assert wait_until(lambda: "distill" in tiny.said(), process, "the job's log")
         listed = tiny.decant("jobs", "list")
-        assert re.search(rf"{job} .* running", listed.stdout), listed.stdout
+        assert re.search(rf"{job}\n  running,", listed.stdout), listed.stdout
         assert tiny.decant("jobs", "stop", job).returncode == 0
         assert process.wait(PATIENCE) == 130
-    assert re.search(rf"{job} .* stopped", tiny.decant("jobs", "list").stdout)
+    assert re.search(rf"{job}\n  stopped,", tiny.decant("jobs", "list").stdout)
     working = [p for n in tiny.nodes.nodes.values() for p in n.processes() if "RayTrainWorker" in " ".join(p.cmdline())]
     assert psutil.wait_procs(working, timeout=PATIENCE)[1] == []
 
