@@ -48,7 +48,7 @@ def session(folder: str | None = None, *, join: bool = False) -> Iterator[None]:
         ClusterLost: Ray does not start, or its process on this machine was killed.
         ClusterUnavailable: there is no cluster to join, or it refuses us.
     """
-    (as_guest if join else _as_host)()
+    (as_guest if join else as_host)()
     import ray
 
     if ray.is_initialized():
@@ -74,7 +74,8 @@ def as_guest() -> None:
         _set({"RAY_AUTH_MODE": "token"})
 
 
-def _as_host() -> None:
+def as_host() -> None:
+    """Sets Ray's switches for a session of one's own, with a token of its own; before Ray is imported."""
     _set(SWITCHES)
     if "RAY_AUTH_MODE" not in os.environ:
         _set({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})

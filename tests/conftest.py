@@ -9,6 +9,7 @@ import torch
 import yaml
 from transformers import LlavaForConditionalGeneration
 
+from cluster.session import as_host
 from jobs.demo import teacher_model
 from jobs.demo.data import write_split
 from schemas.config import RunConfig
@@ -16,6 +17,11 @@ from schemas.config import RunConfig
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="also run tests that take minutes")
+
+
+def pytest_configure() -> None:
+    """Sets Ray's switches: some tests import it without a session, and what it reads then holds for every session."""
+    as_host()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
