@@ -26,7 +26,7 @@ from pipeline.student import check_plan
 from schemas.artifacts import CHECKPOINTS, LOG
 from schemas.canonical import differences
 from schemas.config import RunConfig
-from schemas.errors import ArtifactDrift, ConfigInvalid
+from schemas.errors import ArtifactDrift, ConfigInvalid, WorkersLost
 
 # Local files of trackers, beside the artifact's own; in the working folder where the store is not local.
 TRACKED = "tracking"
@@ -135,6 +135,9 @@ def _fit(store: Store, job: TrainJob) -> int:
 
     An error that the user can put right ends it at once: another group would meet it again. A group that ends before
     the training does has left nodes that are being taken away.
+
+    Raises:
+        WorkersLost: groups end, without an error, before they have come to a checkpoint.
     """
     from ray.util.queue import Queue
 
@@ -144,6 +147,7 @@ def _fit(store: Store, job: TrainJob) -> int:
     viewer = threading.Thread(target=_show, args=(mailbox, store, job), daemon=True)
     viewer.start()
     restarts = failures = 0
+    lost: Exception
     scratch = tempfile.TemporaryDirectory(prefix="decant-")
     try:
         while True:
@@ -151,14 +155,17 @@ def _fit(store: Store, job: TrainJob) -> int:
             try:
                 _trainer(job, mailbox, f"{scratch.name}/{restarts}").fit()
             except Exception as error:
-                failures = 1 if store.names(folder) != before else failures + 1
-                if find_users_error(error) is not None or failures > job.run.placement.distill.retries:
+                if find_users_error(error) is not None:
                     raise
-                why = f"a worker was lost ({_reason(error)})"
+                lost, why, failed = error, f"a worker was lost ({_reason(error)})", 1
             else:
                 if store.exists(f"{job.run.ref('distill')}/{BACKEND}"):
                     return restarts
-                why = "nodes are being taken away"
+                lost = WorkersLost(f"{job.run.ref('distill')}: the workers end before they have come to a checkpoint")
+                why, failed = "nodes are being taken away", 0
+            failures = failed if store.names(folder) != before else failures + 1
+            if failures > job.run.placement.distill.retries:
+                raise lost
             restarts += 1
             journal.note("lost", reason=why)
             mailbox.put(f"{why}; going on from the last checkpoint")

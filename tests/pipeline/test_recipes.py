@@ -12,7 +12,7 @@ from safetensors.torch import load
 
 from jobs import distill
 from jobs.stages import open_store
-from jobs.train import INITIAL, WEIGHTS, train_job
+from jobs.train import BACKEND, INITIAL, WEIGHTS, train_job
 from pipeline.shards import read_manifest
 from pipeline.stage import run_stage
 from pipeline.training.checkpoint import BEST
@@ -20,7 +20,7 @@ from pipeline.training.index import is_held_out
 from pipeline.training.objective import DistillObjective
 from schemas.artifacts import CHECKPOINTS, LOG
 from schemas.config import RunConfig
-from schemas.errors import ArtifactDrift, ConfigInvalid, MemoryExhausted, ShardCorrupt, TrainingDiverged
+from schemas.errors import ArtifactDrift, ConfigInvalid, MemoryExhausted, ShardCorrupt, TrainingDiverged, WorkersLost
 from schemas.runfile import load_run
 from tests.pipeline.test_training import batches_of, make_cache, train
 
@@ -300,25 +300,40 @@ def test_worker_that_is_lost_is_replaced_until_nothing_new_comes(
         def shutdown(self, force: bool) -> None: ...
 
     monkeypatch.setattr("ray.util.queue.Queue", Mail)
+    # Ray starts a cluster of its own where one of these asks it
+    monkeypatch.setattr(distill, "here", lambda: None)
+    monkeypatch.setattr(distill, "check_fits", lambda *_: None)
     run = run_of(placement={"prepare": {"workers": 0}, "distill": {"retries": 2}})
     store, job, calls = make_cache(run), train_job(run, "f" * 32), []
 
-    def trainer(failing: Callable[[int], Exception | None]) -> Any:
+    def trainer(ending: Callable[[int], Exception | str]) -> Any:
+        """One whose nth group raises, or leaves a file."""
+
         class Stand:
             def fit(self) -> None:
                 calls.append(1)
-                if error := failing(len(calls)):
-                    raise error
+                end = ending(len(calls))
+                if isinstance(end, Exception):
+                    raise end
+                store.write(f"{run.ref('distill')}/{end}", b"")
 
         return lambda *_: Stand()
 
-    monkeypatch.setattr(distill, "_trainer", trainer(lambda n: RuntimeError("lost") if n < 3 else None))
+    monkeypatch.setattr(distill, "_trainer", trainer(lambda n: RuntimeError("lost") if n < 3 else BACKEND))
     assert distill._fit(store, job) == 2
+    store.remove(f"{run.ref('distill')}/{BACKEND}")
     calls.clear()
     monkeypatch.setattr(distill, "_trainer", trainer(lambda _: RuntimeError("lost")))
     with pytest.raises(RuntimeError, match="lost"):
         distill._fit(store, job)
     assert len(calls) == 3
+    calls.clear()
+    # five groups that leave their nodes after a checkpoint each are no failures; from then on nothing new comes
+    checkpoint = f"{CHECKPOINTS}/phase-00-step-{{:08d}}.safetensors"
+    monkeypatch.setattr(distill, "_trainer", trainer(lambda n: checkpoint.format(min(n, 5))))
+    with pytest.raises(WorkersLost, match="before they have come to a checkpoint"):
+        distill._fit(store, job)
+    assert len(calls) == 5 + 3
     calls.clear()
     monkeypatch.setattr(distill, "_trainer", trainer(lambda _: TrainingDiverged("step 3")))
     with pytest.raises(TrainingDiverged):
