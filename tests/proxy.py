@@ -118,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
             status, headers, data = answer
             self._answer(status, dict(headers), data, cut=fault == "cut")
 
-    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815 - the base class looks for these names
+    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
 
     def _body(self) -> bytes:
         """The request's body; where it comes in chunks, with their lengths, as it is handed on."""
