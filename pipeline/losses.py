@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.divergences import Term, target_term
-from pipeline.targets import HiddenTargets, SparseTargets, Targets
+from pipeline.targets import HiddenTargets, SparseTargets, Targets, TopTargets
 from schemas.sections import Divergence
 
 # Float32 bytes of one chunk's logits. A term holds at most five such arrays at once (both models' logits,
@@ -20,7 +20,8 @@ CHUNK_BYTES = 28 * 2**20
 MIN_ROWS = 32
 
 
-def _chunks(positions: int, vocabulary: int, rows: int | None) -> Iterator[slice]:
+def chunks(positions: int, vocabulary: int, rows: int | None = None) -> Iterator[slice]:
+    """The positions in parts whose logits may be held at once, of ``rows`` each where that is given."""
     rows = rows or max(MIN_ROWS, CHUNK_BYTES // (4 * vocabulary) // MIN_ROWS * MIN_ROWS)
     for start in range(0, positions, rows):
         yield slice(start, min(start + rows, positions))
@@ -39,7 +40,7 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         gradient_PD = torch.empty_like(hidden_PD) if ctx.needs_input_grad[0] else None
         values = torch.zeros(len(terms), dtype=torch.float32, device=hidden_PD.device)
-        for chunk in _chunks(len(hidden_PD), _vocabulary(head, hidden_PD), rows):
+        for chunk in chunks(len(hidden_PD), _vocabulary(head, hidden_PD), rows):
             with torch.set_grad_enabled(gradient_PD is not None):
                 leaf = hidden_PD[chunk].detach().requires_grad_(gradient_PD is not None)
                 part = leaf.view_as(leaf)  # modules' hooks may look for gradients of their inputs, not of leaves
@@ -96,8 +97,8 @@ def top1_agreement(hidden_PD: Tensor, head: nn.Module, targets: Targets) -> Tens
     Of ``sampled`` targets the teacher's is the token drawn most often (of equals the first).
     """
     found = torch.zeros((), dtype=torch.int64, device=hidden_PD.device)
-    theirs_P = None if isinstance(targets, HiddenTargets) else _top1(targets, len(hidden_PD))
-    for chunk in _chunks(len(hidden_PD), _vocabulary(head, hidden_PD), None):
+    theirs_P = None if isinstance(targets, HiddenTargets) else kept_top1(targets, len(hidden_PD))
+    for chunk in chunks(len(hidden_PD), _vocabulary(head, hidden_PD), None):
         if theirs_P is None:
             assert isinstance(targets, HiddenTargets)
             theirs = head(targets.hidden.tokens(chunk).wide(hidden_PD.dtype)).argmax(-1)
@@ -107,9 +108,9 @@ def top1_agreement(hidden_PD: Tensor, head: nn.Module, targets: Targets) -> Tens
     return found
 
 
-def _top1(targets: Targets, positions: int) -> Tensor:
-    if not isinstance(targets, SparseTargets):
-        assert not isinstance(targets, HiddenTargets)
+def kept_top1(targets: SparseTargets | TopTargets, positions: int) -> Tensor:
+    """The teacher's most probable token [P]: the first kept one, or that drawn most often (of equals the first)."""
+    if isinstance(targets, TopTargets):
         return targets.ids[:, 0]
     most_P = torch.zeros(positions, device=targets.share.device)
     most_P.scatter_reduce_(0, targets.row, targets.share, "amax")

@@ -104,16 +104,26 @@ class CachedBatches:
         items = self.index.step_items(use_of(phase), phase.batch, seed, step)
         return self._cut(items, rank, world)
 
-    def held_out(self, rank: int, world: int, device: torch.device, *, even: bool) -> Iterator[Batch]:
-        """The worker's part of the samples that are kept for validation, without taps.
+    def held_out(
+        self,
+        rank: int,
+        world: int,
+        device: torch.device,
+        *,
+        even: bool,
+        items: np.ndarray | None = None,
+        layers: tuple[int, ...] = (),
+    ) -> Iterator[Batch]:
+        """The worker's part of the samples that are kept for validation, or these ``items``; taps of ``layers`` alone.
 
         ``even`` leaves out the last few where not every worker would get one, for engines that need them all at once.
         """
-        items = self.index.first("held_out", self.index.count("held_out"))
+        items = self.index.first("held_out", self.index.count("held_out")) if items is None else items
         items = items[: len(items) // world * world] if even else items
         copier = Copier(device)
         for chosen, last, totals in self._cut(items, rank, world):
-            yield copier.receive(copier.send(self.batch(None, chosen, last, totals)))
+            found = replace(self.batch(None, chosen, last, totals), taps=self.taps(chosen, layers))
+            yield copier.receive(copier.send(found))
 
     def _cut(self, items: np.ndarray, rank: int, world: int) -> list[tuple[np.ndarray, bool, Totals]]:
         index = self.index

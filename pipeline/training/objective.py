@@ -84,7 +84,7 @@ class DistillObjective(nn.Module):
         if batch.held_out:
             found = self.held_out(batch)
             return found["kl"], found
-        hidden_PD = self._hidden(batch)
+        hidden_PD = predicting_states(self.model, batch)
         divergences = self._divergences(batch) if self.weights.kl else []
         terms = [(self.weights.kl / self._count(batch) * share, term) for share, term in divergences]
         if self.weights.ce:
@@ -106,17 +106,9 @@ class DistillObjective(nn.Module):
     def held_out(self, batch: Batch) -> Metrics:
         """Sums over the micro-batch's positions: ``kl``, the divergence, and ``top1``, agreements with the teacher."""
         assert batch.targets is not None
-        hidden_PD, output = self._hidden(batch), logits_head(self.model)
+        hidden_PD, output = predicting_states(self.model, batch), logits_head(self.model)
         kl, _ = head_loss(hidden_PD, output, self._divergences(batch))
         return {"kl": kl.double(), "top1": top1_agreement(hidden_PD, output, batch.targets).double()}
-
-    def _hidden(self, batch: Batch) -> Tensor:
-        """The states [P, D] at the positions that have a target."""
-        assert batch.positions is not None
-        dtype = head(self.model).weight.dtype  # the frozen body's; pixels come in float32
-        inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.inputs.items()}
-        hidden_BLD = body(self.model)(**inputs, use_cache=False).last_hidden_state
-        return hidden_BLD[batch.positions[:, 0], batch.positions[:, 1]]
 
     def _divergences(self, batch: Batch) -> list[tuple[float, Term]]:
         """Each teacher's share and divergence."""
@@ -140,6 +132,15 @@ class DistillObjective(nn.Module):
         row_P = batch.positions[:, 0]
         count_B = torch.bincount(row_P, supervised_P, minlength=len(batch.items)).clamp(min=1)
         return supervised_P / (count_B[row_P].float() * batch.totals.samples)
+
+
+def predicting_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The model's states [P, D] at the positions that have a target."""
+    assert batch.positions is not None
+    dtype = head(model).weight.dtype  # the frozen body's; pixels come in float32
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.inputs.items()}
+    hidden_BLD = body(model)(**inputs, use_cache=False).last_hidden_state
+    return hidden_BLD[batch.positions[:, 0], batch.positions[:, 1]]
 
 
 def kl_names(teachers: int) -> list[str]:
