@@ -9,7 +9,8 @@ from rich.console import Console
 
 from jobs.carry import Code
 from jobs.remote import LOCAL, run_stages
-from jobs.stages import NAMES, load_stage, open_store
+from jobs.report import write_report
+from jobs.stages import NAMES, load_stage
 from schemas.config import RunConfig
 from schemas.runfile import dump_run, load_run
 
@@ -70,21 +71,6 @@ def _draw(run: RunConfig, train_scenes: int, test_scenes: int) -> None:
         raise StoreUnavailable(
             f"{Path(run.prepare.data).parent}: the demo's data cannot be written: {error.strerror or error}"
         ) from None
-
-
-def write_report(run: RunConfig) -> tuple[dict[str, Any], str]:
-    """Writes ``report.json`` and ``report.html`` into the store; returns the figures and the page's path."""
-    from pipeline.models import load_config
-    from pipeline.report.build import ReportSource, collect, page
-    from schemas.artifacts import LOG
-
-    store = open_store(run)
-    vocabulary = load_config(run.teacher).get_text_config().vocab_size
-    refs = {name: run.ref(name) for name in NAMES}
-    report = collect(store, ReportSource(refs, f"{run.ref('distill')}/{LOG}", vocabulary))
-    store.write("report.json", (json.dumps(report, indent=1) + "\n").encode())
-    store.write("report.html", page(report).encode())
-    return report, store.path("report.html")
 
 
 def _summary(report: dict[str, Any], out: Console) -> None:

@@ -199,7 +199,10 @@ def test_report_is_self_contained_and_holds_the_promised_figures(finished: RunCo
     assert report["cache"]["bytes_per_response_token"] > 0
     assert all(report["stages"][name]["seconds"] > 0 for name in NAMES)
     text = Path(page).read_text()
-    assert text.count("<svg") == 5
+    for anchor in ("match", "training", "economics", "provenance"):
+        assert f'<section id="{anchor}">' in text
+    assert report["planned"]["cache"]["shards"] == report["cache"]["shards"]
+    assert f'<data value="{report["student"]["held_out_kl"]}">' in text
     assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", text)
 
 
