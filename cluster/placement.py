@@ -57,8 +57,12 @@ def check_fits(placement: Placement, stage: str, *, spare_cpus: float = 0.0) -> 
     """
     place: WorkerPlacement = getattr(placement, stage)
     workers = getattr(place, "min_workers", None) or place.workers
-    if placement.autoscales:
-        return
+    if not placement.autoscales:
+        check_room(place, workers, f"placement.{stage}", spare_cpus)
+
+
+def check_room(place: WorkerPlacement, workers: int, setting: str, spare_cpus: float = 0.0) -> None:
+    """Raises ConfigInvalid where the cluster's nodes can never hold so many workers, which ``setting`` asks for."""
     need, selector = _need(place), {} if is_local() else place.selector
     nodes = [node for node in _nodes() if matches(node.get("Labels", {}), selector)]
     room = sum(_room(node["Resources"], need) for node in nodes)
@@ -67,7 +71,7 @@ def check_fits(placement: Placement, stage: str, *, spare_cpus: float = 0.0) -> 
     if room < workers or wanted > cpus + SMALLEST:
         beside = f" and {spare_cpus:g} CPU beside them" if spare_cpus else ""
         raise ConfigInvalid(
-            f"placement.{stage}: {workers} workers of {_spelt(need)}{_where(selector)}{beside} do not fit: "
+            f"{setting}: {workers} workers of {_spelt(need)}{_where(selector)}{beside} do not fit: "
             f"this cluster has room for {room} of them. Its nodes:\n  "
             + "\n  ".join(_described(node) for node in _nodes())
             + "\nask for fewer workers or less per worker, or, if the cluster adds nodes when asked, set "

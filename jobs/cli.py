@@ -1,15 +1,14 @@
 """The command line: one command a stage, and the demo. Heavy imports happen inside the commands."""
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 
-from schemas.errors import DecantError
+from jobs.options import Code, DryRun, On, Overrides, RunFile, load, out, readable_errors
+from jobs.worth import COMMANDS
 
 if TYPE_CHECKING:
     from schemas.config import RunConfig
@@ -20,56 +19,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-out = Console(highlight=False, soft_wrap=True)
-
-RunFile = Annotated[Path, typer.Argument(help="The run file (YAML); see jobs/configs/.", metavar="RUN.yaml")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Override one setting, e.g. --set student.init=matvlm.", metavar="A.B=C"),
-]
-On = Annotated[
-    str,
-    typer.Option(
-        "--on",
-        help="Where to run: local (a session of this machine), auto (the cluster that this machine is part of), or "
-        "http://HEAD:8265 (as a job of that cluster).",
-        metavar="ADDRESS",
-    ),
-]
 Dashboard = Annotated[
     str, typer.Option("--on", help="The cluster's dashboard.", metavar="ADDRESS", envvar="RAY_API_SERVER_ADDRESS")
 ]
-Code = Annotated[
-    Literal["upload", "installed"],
-    typer.Option("--code", help="On a cluster: run this very code, or what is installed on its nodes."),
-]
 JobName = Annotated[str, typer.Argument(help="The job's name, as `decant jobs list` has it.", metavar="JOB")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would run; write nothing.")]
-
-
-@contextmanager
-def _readable_errors() -> Iterator[None]:
-    """A user's error ends with its message and exit code 2, not with a traceback."""
-    try:
-        yield
-    except DecantError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]{type(error).__name__}[/]: ", end="")
-        print(error, file=sys.stderr)
-        raise typer.Exit(2) from None
-
-
-def _load(path: Path, overrides: list[str] | None) -> "RunConfig":
-    from schemas.runfile import load_run
-
-    return load_run(path, overrides or ())
 
 
 def _command(name: str, text: str) -> Callable[..., None]:
     def command(
         run_file: RunFile, set_: Overrides = None, dry_run: DryRun = False, on: On = "local", code: Code = "upload"
     ) -> None:
-        with _readable_errors():
-            run = _load(run_file, set_)
+        with readable_errors():
+            run = load(run_file, set_)
             _run_stages([name], run, on, code, dry_run=dry_run)
 
     command.__doc__ = text
@@ -111,11 +72,14 @@ def run(
     code: Code = "upload",
 ) -> None:
     """Run several stages one after another; on a cluster, as one job."""
-    with _readable_errors():
+    with readable_errors():
         from jobs.remote import stages_of
 
-        _run_stages(stages_of(stages), _load(run_file, set_), on, code, dry_run=dry_run)
+        _run_stages(stages_of(stages), load(run_file, set_), on, code, dry_run=dry_run)
 
+
+for _function in COMMANDS:
+    app.command()(_function)
 
 job_commands = typer.Typer(help="List, follow or stop what runs as jobs of a cluster.", no_args_is_help=True)
 app.add_typer(job_commands, name="jobs")
@@ -124,7 +88,7 @@ app.add_typer(job_commands, name="jobs")
 @job_commands.command("list")
 def list_(on: Dashboard) -> None:
     """List the cluster's jobs that are ours, the latest last."""
-    with _readable_errors():
+    with readable_errors():
         from jobs.remote import list_jobs
 
         list_jobs(on, out)
@@ -133,7 +97,7 @@ def list_(on: Dashboard) -> None:
 @job_commands.command()
 def logs(job: JobName, on: Dashboard) -> None:
     """Show what a job prints, from its start to its end; exits as it does."""
-    with _readable_errors():
+    with readable_errors():
         from jobs.remote import follow_job
 
         if status := follow_job(job, on, out):
@@ -143,7 +107,7 @@ def logs(job: JobName, on: Dashboard) -> None:
 @job_commands.command()
 def stop(job: JobName, on: Dashboard) -> None:
     """End a job; what it committed stays."""
-    with _readable_errors():
+    with readable_errors():
         from jobs.remote import stop_job
 
         stop_job(job, on, out)
@@ -170,11 +134,11 @@ def inspect(
     ] = False,
 ) -> None:
     """List the store's artifacts, describe one, verify the run's own, or audit its cache."""
-    with _readable_errors():
+    with readable_errors():
         from jobs.inspect import inspect as run
 
         run(
-            _load(run_file, set_),
+            load(run_file, set_),
             out,
             artifact=artifact,
             check=verify,
@@ -196,10 +160,10 @@ def status(
     ] = None,
 ) -> None:
     """Show where each stage stands, from the store alone; works while they run elsewhere."""
-    with _readable_errors(), suppress(KeyboardInterrupt):
+    with readable_errors(), suppress(KeyboardInterrupt):
         from jobs.status import status as run
 
-        run(_load(run_file, set_), out, as_json=json_, watch=watch)
+        run(load(run_file, set_), out, as_json=json_, watch=watch)
 
 
 @app.command()
@@ -222,8 +186,8 @@ def plan(
     json_: Annotated[bool, typer.Option("--json", help="Print bytes, seconds and dollars as JSON.")] = False,
 ) -> None:
     """Say what each signal of the teacher would cost to cache, and whether to; writes nothing."""
-    with _readable_errors():
-        run = _load(run_file, set_)
+    with readable_errors():
+        run = load(run_file, set_)
         from jobs.plan import as_json, make_plan, show
 
         found = make_plan(run, accelerator, accelerators, passes, probe)
@@ -240,7 +204,7 @@ def import_matvlm(
     destination: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
 ) -> None:
     """Turn a checkpoint of MaTVLM's own code into an exported folder."""
-    with _readable_errors():
+    with readable_errors():
         from jobs.import_matvlm import import_matvlm as run
 
         run(checkpoint, teacher, destination, out)
@@ -260,7 +224,7 @@ def import_teacher(
     ] = None,
 ) -> None:
     """Turn a TinyLLaVA checkpoint into a transformers folder, for use as a teacher."""
-    with _readable_errors():
+    with readable_errors():
         from jobs.import_teacher import import_teacher as run
 
         run(source, destination, template, out)
@@ -279,7 +243,7 @@ def demo(
     code: Code = "upload",
 ) -> None:
     """Run the whole path on questions about handwritten digits, and write a report."""
-    with _readable_errors():
+    with readable_errors():
         from jobs.demo.run import run_demo
 
         scenes = {"train_scenes": train_scenes, "test_scenes": test_scenes}

@@ -1,13 +1,17 @@
 """Stage ``distill``: Ray Train workers train the student from the cache alone; no teacher forward runs.
 
 The train loop is importable (``jobs.train``) and knows its data by arithmetic; Ray gives the worker group and the
-process group. Checkpoints go to the artifact's folder, so that any rerun continues from them.
+process group. Checkpoints go to the artifact's folder, so that any rerun continues from them. With no workers at all
+the same steps run in this process.
 """
 
 import json
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from cluster.placement import check_fits, here, worker_options
@@ -17,7 +21,7 @@ from jobs.progress import Progress
 from jobs.sources import sources_of
 from jobs.stages import layer_plan, refuse_image_positions, resolved, tapped_layers, teacher_digests
 from jobs.trackers import check_trackers, open_trackers
-from jobs.train import BACKEND, TrainJob, needs_taps, train_job, train_worker
+from jobs.train import BACKEND, TrainJob, needs_taps, train_here, train_job, train_worker
 from pipeline.divergences import refuse_undetermined
 from pipeline.journal import Journal
 from pipeline.stage import Stage, identify, require
@@ -87,7 +91,7 @@ def _check_placement(run: RunConfig) -> None:
             raise ConfigInvalid(
                 f"{where} is less than placement.distill.workers ({place.workers}); every worker needs a row"
             )
-        uneven = [w for w in range(place.min_workers or place.workers, place.workers + 1) if phase.batch % w]
+        uneven = [w for w in range(place.min_workers or max(1, place.workers), place.workers + 1) if phase.batch % w]
         if place.strategy != "ddp" and uneven:
             raise ConfigInvalid(
                 f"{where} does not divide evenly over {uneven[0]} workers, which strategy `{place.strategy}` needs; "
@@ -115,23 +119,59 @@ def check_cache(store: Store, run: RunConfig) -> None:
 
 def _distill(store: Store, job: TrainJob) -> dict[str, Any]:
     ref, place = job.run.ref("distill"), job.run.placement.distill
-    with session():
-        check_fits(job.run.placement, "distill")
-        retries = _fit(store, job)
+    restarts = _on_workers(store, job) if place.workers else _here(store, job)
     entries = [json.loads(line) for line in store.read(f"{ref}/{LOG}").splitlines()]
     return {
         "replaced": list(job.plan.replaced),
         "steps": entries[-1]["total"],
         "workers": entries[-1]["workers"],
         "strategy": place.strategy,
-        "restarts": retries,
+        "restarts": restarts,
         "backend": job.backend(store),
         "last": entries[-1],
     }
 
 
+def _here(store: Store, job: TrainJob) -> int:
+    """Trains in this process; nothing is lost that could be replaced."""
+    mailbox: SimpleQueue[dict[str, Any] | str | None] = SimpleQueue()
+    with _shown(mailbox, store, job):
+        train_here(job, mailbox.put)
+    return 0
+
+
+def _on_workers(store: Store, job: TrainJob) -> int:
+    with session():
+        check_fits(job.run.placement, "distill")
+        return _fit(store, job)
+
+
 def _fit(store: Store, job: TrainJob) -> int:
-    """Trains to the end, with as many worker groups as it takes; returns how many had to be replaced.
+    """Trains on workers to the end; returns how many groups of them had to be replaced."""
+    from ray.util.queue import Queue
+
+    mailbox = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here()})
+    try:
+        with _shown(mailbox, store, job):
+            return _until_done(store, job, mailbox)
+    finally:
+        mailbox.shutdown(force=True)
+
+
+@contextmanager
+def _shown(mailbox: Any, store: Store, job: TrainJob) -> Iterator[None]:
+    """Shows what the mailbox gets while the block runs."""
+    viewer = threading.Thread(target=_show, args=(mailbox, store, job), daemon=True)
+    viewer.start()
+    try:
+        yield
+    finally:
+        mailbox.put(None)
+        viewer.join(timeout=10)
+
+
+def _until_done(store: Store, job: TrainJob, mailbox: Any) -> int:
+    """Trains with as many worker groups as it takes; returns how many had to be replaced.
 
     An error that the user can put right ends it at once: another group would meet it again. A group that ends before
     the training does has left nodes that are being taken away.
@@ -139,13 +179,8 @@ def _fit(store: Store, job: TrainJob) -> int:
     Raises:
         WorkersLost: groups end, without an error, before they have come to a checkpoint.
     """
-    from ray.util.queue import Queue
-
     folder = f"{job.run.ref('distill')}/{CHECKPOINTS}"
     journal = Journal(store, job.run.ref("distill"), job.command)
-    mailbox = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here()})
-    viewer = threading.Thread(target=_show, args=(mailbox, store, job), daemon=True)
-    viewer.start()
     restarts = failures = 0
     lost: Exception
     scratch = tempfile.TemporaryDirectory(prefix="decant-")
@@ -171,9 +206,6 @@ def _fit(store: Store, job: TrainJob) -> int:
             mailbox.put(f"{why}; going on from the last checkpoint")
             _tell_shortage(job, mailbox)
     finally:
-        mailbox.put(None)
-        viewer.join(timeout=10)
-        mailbox.shutdown(force=True)
         scratch.cleanup()
 
 
@@ -209,7 +241,7 @@ def _trainer(job: TrainJob, mailbox: Any, scratch: str) -> Any:
             resources_per_worker={name: amount for name, amount in resources.items() if amount},
             **options,
         ),
-        # a failed group is replaced by ``_fit``, which knows what a user can put right
+        # a failed group is replaced by ``_until_done``, which knows what a user can put right
         run_config=TrainRun(name="distill", storage_path=scratch, failure_config=FailureConfig(max_failures=0)),
     )
 

@@ -3,7 +3,8 @@
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -38,38 +39,57 @@ def stages_of(text: str) -> tuple[str, ...]:
     return tuple(name for name in NAMES if name in named)
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a command does with a run, here or as a job.
+
+    The files that the run's ``stages`` read travel with it, and ``files`` by name; ``arguments`` are those of `decant`
+    in the folder where all of it arrives. ``here`` does it in this process and returns the exit code.
+    """
+
+    run: RunConfig
+    stages: tuple[str, ...]
+    arguments: tuple[str, ...]
+    title: str
+    here: Callable[[RunConfig], int]
+    files: Mapping[str, str] = field(default_factory=dict)
+
+
 def run_stages(names: Sequence[str], run: RunConfig, on: str, code: Code, out: Console) -> int:
     """Runs stages one after another; returns the exit code, which is a job's own where there is one."""
+    title = ",".join(names)
+
+    def here(run: RunConfig) -> int:
+        for name in names:
+            run_named(name, run, out)
+        return 0
+
+    return run_work(Work(run, tuple(names), ("run", RUN_FILE, "--stages", title), title, here), on, code, out)
+
+
+def run_work(work: Work, on: str, code: Code, out: Console) -> int:
+    """Does the work where ``--on`` says; returns its exit code."""
     check_address(on)
-    if on not in (LOCAL, AUTO):
-        return _submit(names, run, on, code, out)
-    if on == AUTO:
-        _run_here(names, run, code, out)
-    else:
-        _each(names, run, out)
-    return 0
+    if on == LOCAL:
+        return work.here(work.run)
+    return _run_here(work, code) if on == AUTO else _submit(work, on, code, out)
 
 
-def _each(names: Sequence[str], run: RunConfig, out: Console) -> None:
-    for name in names:
-        run_named(name, run, out)
-
-
-def _run_here(names: Sequence[str], run: RunConfig, code: Code, out: Console) -> None:
-    """Runs stages with this process as the driver of the cluster that it is on."""
+def _run_here(work: Work, code: Code) -> int:
+    """Does the work with this process as the driver of the cluster that it is on."""
     from cluster.placement import check_reach
     from cluster.session import session
 
     # as a job, it has all of this with it
     inside = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    whole = run.model_copy(update={"store": store_of(run)})
+    whole = work.run.model_copy(update={"store": store_of(work.run)})
     with tempfile.TemporaryDirectory(prefix="decant-") as folder:
         if not inside:
-            pack(whole, names, code, Path(folder))
+            pack(whole, work.stages, code, Path(folder))
         with session(None if inside else folder, join=True):
             store = open_store(whole)
-            check_reach(store.root if store.local else None, _absolute(whole, names))
-            _each(names, whole, out)
+            check_reach(store.root if store.local else None, _absolute(whole, work.stages))
+            return work.here(whole)
 
 
 def _absolute(run: RunConfig, names: Sequence[str]) -> dict[str, str]:
@@ -81,14 +101,15 @@ def _absolute(run: RunConfig, names: Sequence[str]) -> dict[str, str]:
     return {setting: path for setting, path in named.items() if Path(path).is_absolute()}
 
 
-def _submit(names: Sequence[str], run: RunConfig, on: str, code: Code, out: Console) -> int:
+def _submit(work: Work, on: str, code: Code, out: Console) -> int:
     from cluster.submission import connect, submit
 
     with tempfile.TemporaryDirectory(prefix="decant-") as folder:
-        pack(run, names, code, Path(folder))
+        pack(work.run, work.stages, code, Path(folder))
+        for name, text in work.files.items():
+            Path(folder, name).write_text(text)
         client = connect(on)
-        arguments = ["run", RUN_FILE, "--stages", ",".join(names), "--on", AUTO]
-        job = submit(client, arguments, folder, run.name, ",".join(names))
+        job = submit(client, [*work.arguments, "--on", AUTO], folder, work.run.name, work.title)
     out.print(f"job [bold]{job}[/] on {on}; Ctrl-C leaves it running")
     return follow_job(job, on, out)
 

@@ -1,4 +1,4 @@
-"""What one Ray Train worker of stage ``distill`` does: builds the student and trains it."""
+"""What one worker of stage ``distill`` does, of Ray Train or this process: builds the student and trains it."""
 
 import json
 import os
@@ -68,6 +68,14 @@ def needs_attention(run: RunConfig) -> bool:
     """Whether training runs the replaced attention, for outputs or mixing matrices that are not in the cache."""
     stored = run.cache.taps.targets == "stored"
     return any(p.kind == "match" for p in run.distill.phases) or (needs_taps(run) and not stored)
+
+
+def train_here(job: TrainJob, tell: Callable[[dict[str, Any] | str], None]) -> None:
+    """Trains in this process, as the only worker; ``tell`` gets the log's entries and what is said."""
+    Journal(Store(job.store), job.run.ref("distill"), job.command).note("worker")
+    torch.set_num_threads(max(1, round(job.run.placement.distill.cpus_per_worker)))
+    device = pick_device(job.run.placement.device)
+    train_student(job, Worker(0, 1, device), tell, tell)
 
 
 def train_worker(config: dict[str, Any]) -> None:

@@ -10,8 +10,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from schemas.artifacts import ArtifactRef
+from schemas.benchmarks import BenchmarkConfig
+from schemas.evaluation import DistributionConfig
 from schemas.layers import LayersConfig
 from schemas.placement import Placement
+from schemas.probes import ProbeConfig
 from schemas.recipe import DistillConfig
 from schemas.sections import ARTIFACT, ActivationType, Dtype, Init, Part, Positions, Section, StageSection
 
@@ -172,7 +175,12 @@ class StudentConfig(Section):
 
 
 class EvaluateConfig(StageSection):
-    """Exact match by greedy generation, and held-out KL, on records in the LLaVA format."""
+    """Exact match by greedy generation, and held-out KL, on records in the LLaVA format.
+
+    Teacher and student also answer ``benchmarks`` and ``probes``; ``distribution`` compares the student with the
+    cached teacher. ``teacher`` (``name@version`` of a finished ``evaluate`` artifact of the same questions and teacher)
+    is where the teacher's answers are taken from; without it the teacher answers anew.
+    """
 
     data: str
     images: str = "."
@@ -181,6 +189,17 @@ class EvaluateConfig(StageSection):
     max_new_tokens: int = Field(16, ge=1)
     untrained: bool = True
     dtype: Dtype = "float32"
+    teacher: str | None = Field(None, pattern=ARTIFACT)
+    benchmarks: tuple[BenchmarkConfig, ...] = ()
+    probes: tuple[ProbeConfig, ...] = ()
+    distribution: DistributionConfig | None = None
+
+    @model_validator(mode="after")
+    def _asks_once(self) -> "EvaluateConfig":
+        names = [*(b.task for b in self.benchmarks), *(p.kind for p in self.probes)]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{', '.join(twice)}: more than once; give each benchmark and probe once")
+        return self
 
 
 class ExportConfig(StageSection):
@@ -209,3 +228,7 @@ class RunConfig(Section):
     def earlier(self) -> ArtifactRef | None:
         """The trained student that this one starts from."""
         return ArtifactRef.named("distill", self.student.start) if self.student.start else None
+
+    def answered(self) -> ArtifactRef | None:
+        """The evaluation whose teacher's answers this one takes."""
+        return ArtifactRef.named("evaluate", self.evaluate.teacher) if self.evaluate.teacher else None

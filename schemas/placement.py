@@ -128,8 +128,9 @@ class CachePlacement(WorkerPlacement):
 
 
 class EvaluatePlacement(WorkerPlacement):
-    """One worker a model, ``batch`` questions at a time."""
+    """One worker a model, ``batch`` questions at a time; with ``workers: 0`` this process, one model after another."""
 
+    workers: int = Field(1, ge=0)
     batch: int = Field(32, ge=1)
 
 
@@ -139,9 +140,11 @@ class DistillPlacement(WorkerPlacement):
     With ``min_workers`` the group goes on with as few where the cluster has no more. A worker's part of a step is cut
     into micro-batches of at most ``micro_batch`` samples and ``padding`` (a share of their tokens). ``align`` spreads
     the layers of phases without a model body over the workers, or their samples (``data``). A failed worker group is
-    started again up to ``retries`` times without a new checkpoint in between.
+    started again up to ``retries`` times without a new checkpoint in between. ``workers: 0`` trains in this process,
+    without Ray: the same steps as one worker's.
     """
 
+    workers: int = Field(1, ge=0)
     min_workers: int | None = Field(None, ge=1)
     strategy: Strategy = "ddp"
     offload: bool = False
@@ -158,6 +161,8 @@ class DistillPlacement(WorkerPlacement):
     def _agrees(self) -> "DistillPlacement":
         if self.offload and self.strategy == "ddp":
             raise ValueError("offload needs one of the strategies zero1, zero2, zero3")
+        if not self.workers and self.strategy != "ddp":
+            raise ValueError(f"workers: 0 is this process alone, and strategy {self.strategy} needs a group of workers")
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers ({self.min_workers}) exceeds workers ({self.workers})")
         return self

@@ -22,7 +22,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     data = read_mapping(path, "run file")
     for override in overrides:
-        _apply(data, override)
+        put(data, *parse_override(override), f"--set {override}")
     return validated(RunConfig, data, path)
 
 
@@ -60,39 +60,54 @@ def dump_run(run: RunConfig) -> str:
     return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
+def parse_override(override: str) -> tuple[str, Any]:
+    """The dotted key and the value of ``a.b=value``.
+
+    Raises:
+        ConfigInvalid: it is not of that form, or the value is not YAML.
+    """
     key, separator, text = override.partition("=")
-    parts = key.split(".")
-    if not separator or not all(parts):
+    if not separator:
         raise ConfigInvalid(f"--set {override}: expected a.b=value")
     try:
-        value = yaml.safe_load(text)
+        return key, yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigInvalid(f"--set {override}: the value is not YAML: {error}") from None
+
+
+def put(data: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Sets the field at a dotted key, in which numbers are places in lists; ``where`` names it in errors.
+
+    Raises:
+        ConfigInvalid: the key leads into a value that has no fields, or past a list's end.
+    """
+    parts = key.split(".")
+    if not all(parts):
+        raise ConfigInvalid(f"{where}: a part of the key is empty; expected names joined by dots")
     node: Any = data
     for part in parts[:-1]:
-        node = _child(node, part, override)
+        node = _child(node, part, where)
     if isinstance(node, list):
-        node[_index(node, parts[-1], override)] = value
+        node[_index(node, parts[-1], where)] = value
     else:
         node[parts[-1]] = value
 
 
-def _child(node: Any, part: str, override: str) -> Any:
+def _child(node: Any, part: str, where: str) -> Any:
     if isinstance(node, list):
-        child = node[_index(node, part, override)]
+        child = node[_index(node, part, where)]
     else:
         child = node.setdefault(part, {})
         if child is None:
             child = node[part] = {}
     if not isinstance(child, (dict, list)):
-        raise ConfigInvalid(f"--set {override}: `{part}` holds the value {child!r}, which has no fields")
+        raise ConfigInvalid(f"{where}: `{part}` holds the value {child!r}, which has no fields")
     return child
 
 
-def _index(node: list[Any], part: str, override: str) -> int:
+def _index(node: list[Any], part: str, where: str) -> int:
     if not part.isdigit() or int(part) >= len(node):
-        raise ConfigInvalid(f"--set {override}: `{part}` is not an index from 0 to {len(node) - 1}")
+        raise ConfigInvalid(f"{where}: `{part}` is not an index from 0 to {len(node) - 1}")
     return int(part)
 
 

@@ -23,9 +23,10 @@ from tests.processes import IN_A_SESSION
 from tests.teachers import FAMILIES, WITH_IMAGES, write_teacher
 from tests.tinyllava import write_checkpoint
 
-pytestmark = IN_A_SESSION
-# What the default tests can wait for: 3-D positions, dynamic images, and its own answers to learn from.
-QUICK = "qwen2.5-vl"
+# Every family takes a minute; the demo's teacher goes the same way in the default tests.
+pytestmark = [*IN_A_SESSION, pytest.mark.slow]
+# The one that learns from its own answers.
+ANSWERS = "qwen2.5-vl"
 NAMES = [*FAMILIES, "tinyllava"]
 SEES = (*WITH_IMAGES, "tinyllava")
 ONE_IMAGE_ONLY = ("llava-phi", "tinyllava")  # by their template
@@ -84,7 +85,7 @@ def aspect_of(name: str) -> str:
 def run_settings(name: str, folder: Path) -> dict[str, Any]:
     (folder / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records(folder, name)))
     files = {"data": str(folder / "data.jsonl"), "images": str(folder)}
-    answers = {"max_new_tokens": 6} if name == QUICK else None
+    answers = {"max_new_tokens": 6} if name == ANSWERS else None
     template = "phi" if name in FAMILIES and FAMILIES[name].template is None else "own"
     return {
         "name": "family",
@@ -104,7 +105,7 @@ def run_settings(name: str, folder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", [n if n == QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.usefixtures("_ray")
 def test_family_goes_from_a_folder_to_a_reloaded_student(name: str, tmp_path: Path) -> None:
     settings = run_settings(name, tmp_path)

@@ -54,6 +54,7 @@ def parallel(run: RunConfig) -> RunConfig:
     return run.model_copy(update={"placement": run.placement.model_copy(update={"prepare": prepare})})
 
 
+@pytest.mark.slow  # half a minute of workers that start and die
 def test_a_worker_that_dies_at_one_shard_every_time_ends_the_stage_which_then_goes_on(
     run: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
