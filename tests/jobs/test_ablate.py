@@ -35,6 +35,7 @@ def table_of(sweep: Sweep) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow  # a session of 40 seconds; test_trials has the trials without one
 def test_failed_trials_are_rows_and_a_rerun_trains_only_what_is_missing(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

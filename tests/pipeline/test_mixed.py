@@ -150,6 +150,7 @@ def merged(targets: list[SparseTargets], positions: int, vocabulary: int) -> Spa
     return SparseTargets(ids, share[row, ids], row, torch.zeros(positions), offsets)
 
 
+@pytest.mark.slow  # three trainings; loss and gradient of a mixture are tested without one
 def test_student_of_two_teachers_is_nearer_to_each_than_the_others_student(run_of: RunOf, other_of: RunOf) -> None:
     recipe = {"phases": [{**PHASE, "steps": 40, "batch": 8, "lr": 3e-3}], "clip": 1.0, "validation": {"fraction": 0.3}}
     mixed = {**recipe, "teachers": [{"cache": "other@1"}]}

@@ -112,7 +112,7 @@ def check_split(run_of: RunOf, settings: dict[str, Any], folder: Path, teacher: 
 
 
 @no_gpu
-@pytest.mark.parametrize("teacher", ["even_llava", "even_llama"])
+@pytest.mark.parametrize("teacher", ["even_llava", pytest.param("even_llama", marks=pytest.mark.slow)])
 def test_two_ranks_leave_the_columns_of_one(
     run_of: RunOf, settings: dict[str, Any], tmp_path: Path, teacher: str, request: pytest.FixtureRequest
 ) -> None:

@@ -96,6 +96,7 @@ def check(run_of: Callable[..., RunConfig], backend: str) -> None:
             assert float((trained[key] - value).norm()) <= 10 * ENGINE_CURVE * float(value.norm() + 1), (name, key)
 
 
+@pytest.mark.slow  # half a minute; the default tests have two workers in Ray (test_engines)
 def test_two_processes_train_as_one_with_every_engine_and_share_of_the_work(
     run_of: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
