@@ -1,10 +1,6 @@
 """Ours and lmms-eval's scorers give the same on the same answers; where their rules differ, how."""
 
-import importlib
 import itertools
-import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
@@ -12,8 +8,7 @@ from pipeline.benchmarks import mmbench, mmmu
 from pipeline.benchmarks.open_answers import is_right
 from pipeline.benchmarks.task import Item
 from pipeline.benchmarks.vqa import normalise, soft_accuracy, tokenise
-
-Importer = Callable[[str], Any]
+from tests.pipeline.benchmarks.conftest import Importer
 
 SAID = [
     *[
@@ -55,17 +50,8 @@ ANNOTATED = [
 ]
 
 
-@pytest.fixture
-def theirs() -> Iterator[Importer]:
-    """Imports a module of theirs; their warnings are not ours."""
-    pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install decant[lmms]")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield lambda name: importlib.import_module(f"lmms_eval.tasks.{name}")
-
-
 def test_vqav2_scores_agree(theirs: Importer) -> None:
-    process = theirs("vqav2.utils").vqav2_process_results
+    process = theirs("tasks.vqav2.utils").vqav2_process_results
     for said, annotated in itertools.product(SAID, ANNOTATED):
         answers = [{"answer": text, "answer_id": n} for n, text in enumerate(annotated)]
         expected = process({"question_id": 1, "answers": answers}, [said])["exact_match"]
@@ -73,14 +59,14 @@ def test_vqav2_scores_agree(theirs: Importer) -> None:
 
 
 def test_textvqa_scores_agree(theirs: Importer) -> None:
-    process = theirs("textvqa.utils").textvqa_process_results
+    process = theirs("tasks.textvqa.utils").textvqa_process_results
     for said, annotated in itertools.product(SAID, ANNOTATED):
         expected = process({"question_id": 1, "answers": list(annotated)}, [said])["exact_match"]
         assert soft_accuracy(tokenise(said), [tokenise(a) for a in annotated]) == pytest.approx(expected), said
 
 
 def test_all_contractions_numbers_and_marks_agree(theirs: Importer) -> None:
-    processor = theirs("_task_utils.vqa_eval_metric").EvalAIAnswerProcessor()
+    processor = theirs("tasks._task_utils.vqa_eval_metric").EvalAIAnswerProcessor()
     words = [*processor.CONTRACTIONS, *processor.NUMBER_MAP, *(f"a{mark}b {mark} c" for mark in processor.PUNCTUATIONS)]
     assert len(words) > 100
     for word in words:
@@ -88,7 +74,7 @@ def test_all_contractions_numbers_and_marks_agree(theirs: Importer) -> None:
 
 
 def test_mmmu_open_answers_agree(theirs: Importer) -> None:
-    utils = theirs("mmmu.utils")
+    utils = theirs("tasks.mmmu.utils")
     said = [
         "",
         "8.4",
@@ -108,7 +94,7 @@ def test_mmmu_open_answers_agree(theirs: Importer) -> None:
 
 
 def test_mmmu_letters_agree_but_for_letters_that_touch_others(theirs: Importer) -> None:
-    parse = theirs("mmmu.utils").parse_multi_choice_response
+    parse = theirs("tasks.mmmu.utils").parse_multi_choice_response
     options = {"A": "the left ventricle", "B": "the right ventricle", "C": "the aorta"}
     for answer in (
         "B",
@@ -161,5 +147,5 @@ def test_mmbench_circular_accuracy_agrees_with_their_evaluation_without_judge(
         | {name: i.reference.options.get(name) for name in "ABCD"}
         for i, said in zip(items, answers, strict=True)
     ]
-    overall, *_ = theirs("mmbench.mmbench_evals").MMBench_Evaluator().eval_result(rows, eval_method="static")
+    overall, *_ = theirs("tasks.mmbench.mmbench_evals").MMBench_Evaluator().eval_result(rows, eval_method="static")
     assert mmbench.CIRCULAR.score(items, answers)["accuracy"].estimate()["value"] == overall
