@@ -52,14 +52,21 @@ def pack(run: RunConfig, stages: Sequence[str], code: Code, folder: Path) -> Non
 
 def carried(run: RunConfig, stages: Sequence[str]) -> Iterator[tuple[str, Path]]:
     """Settings with relative paths of files or folders that are there, as far as the stages read them."""
+    for setting, path in paths_of(run, stages).items():
+        if not is_everywhere(path) and path != ANYWHERE and (setting != "teacher.path" or Path(path).exists()):
+            yield setting, Path(path)
+
+
+def paths_of(run: RunConfig, stages: Sequence[str]) -> dict[str, str]:
+    """The teacher's path, and those of data that the stages read, by setting."""
     named = {"teacher.path": run.teacher.path}
     for stage in ("prepare", "evaluate"):
         if stage in stages:
             section = getattr(run, stage)
             named |= {f"{stage}.data": section.data, f"{stage}.images": section.images}
-    for setting, path in named.items():
-        if not is_everywhere(path) and path != ANYWHERE and (setting != "teacher.path" or Path(path).exists()):
-            yield setting, Path(path)
+    if "evaluate" in stages:
+        named |= {f"evaluate.benchmarks.{n}.path": task.path for n, task in enumerate(run.evaluate.benchmarks)}
+    return named
 
 
 def is_everywhere(path: str) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jobs.carry import RUN_FILE, Code, pack
+from jobs.carry import RUN_FILE, Code, pack, paths_of
 from jobs.stages import NAMES, open_store, run_named, store_of
 from schemas.config import RunConfig
 from schemas.errors import ConfigInvalid
@@ -94,11 +94,7 @@ def _run_here(work: Work, code: Code) -> int:
 
 def _absolute(run: RunConfig, names: Sequence[str]) -> dict[str, str]:
     """Settings with absolute paths that the stages read."""
-    named = {"teacher.path": run.teacher.path}
-    for stage in ("prepare", "evaluate"):
-        if stage in names:
-            named |= {f"{stage}.data": getattr(run, stage).data, f"{stage}.images": getattr(run, stage).images}
-    return {setting: path for setting, path in named.items() if Path(path).is_absolute()}
+    return {setting: path for setting, path in paths_of(run, names).items() if Path(path).is_absolute()}
 
 
 def _submit(work: Work, on: str, code: Code, out: Console) -> int:

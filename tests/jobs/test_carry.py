@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from jobs import carry
-from jobs.carry import RUN_FILE, pack
+from jobs.carry import RUN_FILE, pack, paths_of
 from schemas.config import RunConfig
 from schemas.errors import ConfigInvalid
 from schemas.runfile import load_run
@@ -60,6 +60,23 @@ def test_with_installed_code_and_a_stage_without_data_next_to_nothing_travels(
     sent.mkdir()
     pack(relative(), ["cache"], "installed", sent)
     assert {name.partition("/")[0] for name in files(sent)} == {RUN_FILE, "teacher"}
+
+
+def test_benchmarks_folders_travel_with_evaluate(
+    relative: Callable[..., RunConfig], here: Path, tmp_path: Path
+) -> None:
+    (here / "gqa").mkdir()
+    (here / "gqa" / "questions.jsonl").write_text("{}")
+    data = {"data": "data/scenes/test.json", "images": "data/scenes"}
+    run = relative(
+        evaluate={**data, "benchmarks": [{"task": "gqa", "path": "gqa"}, {"task": "mme", "path": "/shared"}]}
+    )
+    for stage, travels in (("evaluate", True), ("cache", False)):
+        sent = tmp_path / stage
+        sent.mkdir()
+        pack(run, [stage], "installed", sent)
+        assert (sent / "gqa" / "questions.jsonl").exists() == travels
+    assert paths_of(run, ["evaluate"])["evaluate.benchmarks.1.path"] == "/shared"
 
 
 def test_names_urls_and_absolute_paths_do_not_travel(
