@@ -9,13 +9,14 @@ from typing import Any, Literal
 import torch
 from transformers import PhiConfig, PreTrainedModel
 
-from jobs.stages import layer_plan, open_store, teacher_digests
+from jobs.evaluate import evaluate_job, load_student
+from jobs.stages import open_store
 from jobs.train import WEIGHTS
 from pipeline.initialise import initialise
 from pipeline.models import build_model, load_config, load_model, pick_device
 from pipeline.ops.backends import resolve
 from pipeline.stage import read_record
-from pipeline.student import apply_trained, build_student, has_bias, load_hybrid
+from pipeline.student import build_student, has_bias, load_hybrid
 from pipeline.surgery import mixers, replace_layers
 from schemas.config import RunConfig
 from schemas.errors import ConfigInvalid
@@ -81,17 +82,8 @@ def of_run(run: RunConfig, seed: int, *, random: bool) -> list[Contestant]:
     done = read_record(open_store(run), run.ref("distill")) is not None
     teacher = Contestant("teacher", run.teacher.path, partial(load_model, run.teacher))
     weights = str(run.ref("distill")) if done else f"{run.student.init} start, not trained"
-    return [teacher, Contestant("student", weights, partial(_student_of, run, trained=done))]
-
-
-def _student_of(run: RunConfig, dtype: torch.dtype, device: torch.device, *, trained: bool) -> PreTrainedModel:
-    ops, digests = resolve(run.placement.backend, device), teacher_digests(run.teacher)
-    plan, seed = layer_plan(run), run.distill.seed
-    model = build_student(run.teacher, plan, run.student.init, seed, dtype, device, ops, digests)
-    if trained:
-        name = f"{run.ref('distill')}/{WEIGHTS}"
-        apply_trained(model, open_store(run).read(name), name)
-    return model
+    student = partial(load_student, evaluate_job(run), WEIGHTS if done else None)
+    return [teacher, Contestant("student", weights, student)]
 
 
 def of_folders(model: str, student: str | None, ratio: float | None, seed: int, *, random: bool) -> list[Contestant]:

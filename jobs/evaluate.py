@@ -70,13 +70,19 @@ class Asked:
     distribution: dict[str, Any] | None = None
 
 
+def evaluate_job(run: RunConfig) -> EvaluateJob:
+    """The job of a run."""
+    return EvaluateJob(run, store_of(run), teacher_of(run), layer_plan(run), teacher_digests(run.teacher))
+
+
 def stage(run: RunConfig) -> Stage:
     """The stage of this run. Identity: the questions, how they are answered, the student and the teacher.
 
     Raises:
         ConfigInvalid: the teacher's answers would be taken from this very evaluation.
     """
-    config, plan, answered = run.evaluate, layer_plan(run), run.answered()
+    config, answered = run.evaluate, run.answered()
+    layer_plan(run)  # refuses layers that the teacher has not
     if answered == run.ref("evaluate"):
         raise ConfigInvalid(
             f"evaluate.teacher: {config.teacher} is this run's own evaluation; name another, or leave it out"
@@ -94,8 +100,7 @@ def stage(run: RunConfig) -> Stage:
     inputs = (run.ref("distill"), *(ref for ref in (answered, other) if ref))
 
     def work(store: Store, *_: object) -> dict[str, Any]:
-        job = EvaluateJob(run, store_of(run), teacher_of(run), plan, settings["teacher"])
-        return _evaluate(store, job, settings)
+        return _evaluate(store, evaluate_job(run), settings)
 
     return Stage(run.ref("evaluate"), inputs, settings, work, resolved(run))
 
@@ -250,18 +255,29 @@ def _distribution(
 
 
 def load_contestant(job: EvaluateJob, who: Who, attention: dict[int, torch.nn.Module] | None = None) -> PreTrainedModel:
-    """The teacher, or the student with its weights before or after training.
+    """The teacher, or the student with its weights before or after training; ``attention`` as for ``load_student``."""
+    dtype, device = getattr(torch, job.run.evaluate.dtype), pick_device(job.run.placement.device)
+    if who == "teacher":
+        return load_model(job.teacher, dtype, device)
+    return load_student(job, WEIGHTS if who == "student" else INITIAL, dtype, device, attention)
+
+
+def load_student(
+    job: EvaluateJob,
+    weights: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: dict[int, torch.nn.Module] | None = None,
+) -> PreTrainedModel:
+    """The run's student with a file's weights of its ``distill`` artifact, or as its initialisation leaves it.
 
     ``attention``, where given, gets the modules that the student's mixers replaced.
     """
-    run, device = job.run, pick_device(job.run.placement.device)
-    dtype = getattr(torch, run.evaluate.dtype)
-    if who == "teacher":
-        return load_model(job.teacher, dtype, device)
-    ops = resolve(run.placement.backend, device)
+    run, ops = job.run, resolve(job.run.placement.backend, device)
     model = build_student(
         job.teacher, job.plan, run.student.init, run.distill.seed, dtype, device, ops, job.digests, attention
     )
-    name = f"{run.ref('distill')}/{WEIGHTS if who == 'student' else INITIAL}"
-    apply_trained(model, Store(job.store).read(name), name)
+    if weights:
+        name = f"{run.ref('distill')}/{weights}"
+        apply_trained(model, Store(job.store).read(name), name)
     return model

@@ -24,7 +24,8 @@ def _figure(width: float, height: float, rows: int, columns: int) -> tuple[Any, 
     return figure, list(grid.flat)
 
 
-def _picture(figure: Any, kind: Literal["png", "svg"]) -> bytes:
+def picture(figure: Any, kind: Literal["png", "svg"]) -> bytes:
+    """The figure as a file's bytes, the same for the same figure."""
     import matplotlib
     from matplotlib import pyplot
 
@@ -58,4 +59,4 @@ def histogram_chart(title: str, histograms: Sequence[Histogram], kind: Literal["
         axes.legend(frameon=False, fontsize=8)
     for axes in grid[len(histograms) :]:
         axes.remove()
-    return _picture(figure, kind)
+    return picture(figure, kind)

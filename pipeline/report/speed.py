@@ -1,8 +1,9 @@
 """Pictures of what ``decant bench`` measured: speed and memory against the context, beside what bytes allow."""
 
-import io
 from collections.abc import Callable
 from typing import Any, Literal
+
+from pipeline.report.charts import picture
 
 Kind = Literal["png", "svg"]
 Bench = dict[str, Any]
@@ -62,7 +63,7 @@ def _chart(bench: Bench, ylabel: str, kind: Kind, draw: Callable[[Any, str, list
     panels[0].set_ylabel(ylabel)
     lines = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=3, frameon=False, fontsize=8)
-    return _picture(figure, kind)
+    return picture(figure, kind)
 
 
 def _frame(axes: Any, title: str, contexts: list[int]) -> None:
@@ -78,13 +79,3 @@ def _frame(axes: Any, title: str, contexts: list[int]) -> None:
 def context_label(context: int) -> str:
     """A context as people write it: 4096 is 4k."""
     return f"{context // 1024}k" if context % 1024 == 0 else str(context)
-
-
-def _picture(figure: Any, kind: Kind) -> bytes:
-    import matplotlib
-
-    sink = io.BytesIO()
-    # a fixed salt, no date and no version: the same figures give the same picture
-    with matplotlib.rc_context({"svg.hashsalt": "decant"}):
-        figure.savefig(sink, format=kind, dpi=150, metadata={"Date" if kind == "svg" else "Software": None})
-    return sink.getvalue()
