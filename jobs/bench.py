@@ -1,7 +1,7 @@
 """``decant bench``: how fast teacher and student generate on this machine, beside what their bytes allow.
 
-One model after the other on the same device, in the same loop, with the same attention kernels; transformers'
-``generate()`` is measured beside the loop and tells what the loop gains, of either model. No Ray: what is measured is
+One model after the other on the same device, by the same engine; transformers'
+``generate()`` is measured beside it and tells what the engine gains, of either model. No Ray: what is measured is
 this process's device.
 """
 
@@ -20,7 +20,7 @@ from jobs.bench_table import show
 from jobs.contestants import Contestant
 from jobs.figures import human_bytes
 from jobs.progress import Progress
-from pipeline.decoding import ENGINES, PREFILL_TOKENS
+from pipeline.decoding.timing import ENGINES
 from pipeline.meter import BenchSettings, Meter, free, memory_of, refused
 from pipeline.models import decoder
 from pipeline.report.speed import memory_chart, speed_chart
@@ -138,7 +138,7 @@ def bench(contestants: Sequence[Contestant], settings: BenchSettings, device: to
         "device": _device(device, memory),
         "bandwidth_bytes_per_second": bandwidth.median,
         "bandwidth_range": [bandwidth.least, bandwidth.most],
-        "settings": {**asdict(settings), "prefill_tokens": PREFILL_TOKENS},
+        "settings": asdict(settings),
         "models": models,
         "points": sorted(points, key=lambda p: (p["batch"], p["context"], list(ENGINES).index(p["engine"]))),
     }

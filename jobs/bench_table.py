@@ -76,7 +76,7 @@ def _notes(result: dict[str, Any], points: Points) -> Iterator[str]:
     yield "first: time to the first token; allowed: the ratio of the rooflines, which no engine changes"
     for who, facts in result["models"].items():
         gains = _gains(who, points)
-        gain = f"; the engine's gain, loop over generate(): {min(gains):.2f} to {max(gains):.2f} ×" if gains else ""
+        gain = f"; the engine's gain over generate(): {min(gains):.2f} to {max(gains):.2f} ×" if gains else ""
         mixed = f", {len(facts['replaced'])} of {facts['layers']} layers Mamba-2 ({facts['backend']})"
         yield f"{who}: weights {facts['weights']}{mixed if facts['replaced'] else ''}{gain}"
     if any(p["peak_bytes"] is None and p["error"] is None for p in result["points"]):
@@ -84,7 +84,7 @@ def _notes(result: dict[str, Any], points: Points) -> Iterator[str]:
 
 
 def _gains(who: str, points: Points) -> list[float]:
-    """A model's rate in the loop over that of ``generate()``, wherever both were measured."""
+    """A model's rate by the engine over that of ``generate()``, wherever both were measured."""
     speeds = {key: point["tokens_per_second"] for key, point in points.items() if point["model"] == who}
-    pairs = [(s, speeds.get((who, "generate", *key[2:]))) for key, s in speeds.items() if key[1] == "loop"]
-    return [loop / other for loop, other in pairs if loop and other]
+    pairs = [(s, speeds.get((who, "generate", *key[2:]))) for key, s in speeds.items() if key[1] == "decant"]
+    return [ours / other for ours, other in pairs if ours and other]

@@ -78,7 +78,7 @@ def of_run(run: RunConfig, seed: int, *, random: bool) -> list[Contestant]:
     """
     if random:
         config = load_config(run.teacher)
-        return _drawn(config, run.student.layers, run.student.init, run.placement.backend, seed)
+        return drawn(config, run.student.layers, run.student.init, run.placement.backend, seed)
     done = read_record(open_store(run), run.ref("distill")) is not None
     teacher = Contestant("teacher", run.teacher.path, partial(load_model, run.teacher))
     weights = str(run.ref("distill")) if done else f"{run.student.init} start, not trained"
@@ -103,7 +103,7 @@ def of_folders(model: str, student: str | None, ratio: float | None, seed: int, 
         raise ConfigInvalid(f"--ratio {ratio:g}: is no share of the layers; give a number above 0 and at most 1")
     layers = LayersConfig(ratio=ratio or 0.25)
     if random:
-        return _drawn(NAMED[model]() if named else load_config(model), layers, "mimic", "auto", seed)
+        return drawn(NAMED[model]() if named else load_config(model), layers, "mimic", "auto", seed)
     teacher = Contestant("teacher", model, partial(load_model, model))
     if student is not None:
         return [teacher, Contestant("student", student, partial(load_hybrid, student))]
@@ -117,7 +117,7 @@ def _student_from(
     return build_student(model, plan, "mimic", seed, dtype, device, resolve("auto", device))
 
 
-def _drawn(config: Any, layers: LayersConfig, init: Init, backend: Backend, seed: int) -> list[Contestant]:
+def drawn(config: Any, layers: LayersConfig, init: Init, backend: Backend, seed: int) -> list[Contestant]:
     """Teacher and student of a configuration; ``init`` decides whether the mixers have biases."""
     plan, weights = plan_layers(layers, config.get_text_config().num_hidden_layers), f"random, seed {seed}"
 

@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.decoding import ENGINES, Decoded, Engine, random_prompts
+from pipeline.decoding.timing import ENGINES, Decoded, Run, random_prompts
 from pipeline.roofline import Footprint
 from schemas.sections import Dtype
 
-# Enough to run every kernel that a step runs, the first one after a prompt included.
-WARM_TOKENS = 3
 OUT_OF_MEMORY = "out of memory"
 # How torch says it of a CPU.
 REFUSALS = ("not enough memory", "can't allocate memory")
@@ -95,9 +93,9 @@ class Meter:
         return _nothing(reason)
 
     def _timed(self, engine: str, batch: int, context: int) -> dict[str, Any]:
-        run, cuda = ENGINES[engine], self.model.device.type == "cuda"
+        run, cuda = ENGINES[engine](self.model), self.model.device.type == "cuda"
         prompts = random_prompts(self.model, batch, context, self.settings.seed)
-        run(self.model, prompts, WARM_TOKENS)
+        run(prompts, self.settings.new_tokens)  # whatever happens once: kernels are made, a step is captured
         if cuda:
             free(self.model.device)
             torch.cuda.reset_peak_memory_stats(self.model.device)
@@ -105,9 +103,9 @@ class Meter:
         peak = torch.cuda.max_memory_allocated(self.model.device) if cuda else None
         return {**_times(runs), "peak_bytes": peak, "error": None, "reason": None}
 
-    def _once(self, run: Engine, prompts: Tensor) -> Decoded:
-        gc.collect()  # a cache with mixers refers to itself; the last run's would count as this one's memory
-        return run(self.model, prompts, self.settings.new_tokens)
+    def _once(self, run: Run, prompts: Tensor) -> Decoded:
+        gc.collect()  # transformers' cache of a hybrid refers to itself, and would count as this run's
+        return run(prompts, self.settings.new_tokens)
 
 
 def _times(runs: Sequence[Decoded]) -> dict[str, Any]:
@@ -131,8 +129,10 @@ def _nothing(reason: str) -> dict[str, Any]:
 
 
 def refused(error: RuntimeError) -> bool:
-    """Whether an allocator said no."""
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in REFUSALS)
+    """Whether an allocator said no, be it while a graph was captured, whose end raises an error of its own."""
+    if isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in REFUSALS):
+        return True
+    return isinstance(error.__context__, RuntimeError) and refused(error.__context__)
 
 
 def free(device: torch.device) -> None:

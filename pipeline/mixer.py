@@ -153,7 +153,7 @@ class Mamba2Mixer(nn.Module):
         else:
             before = None if state is None else state.recurrent
             y, recurrent = self.ops.scan(x, dt, a, b, c, d, before, seq_idx)
-        normed = reference.gated_rms_norm(y.flatten(-2), z, self.norm.weight, self.dims.heads, self.dims.eps)
+        normed = self.ops.norm(y.flatten(-2), z, self.norm.weight, self.dims.heads, self.dims.eps)
         return normed, MixerState(window, recurrent)
 
     def _before_scan(
@@ -170,10 +170,10 @@ class Mamba2Mixer(nn.Module):
 
     def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gate [..., I], convolution input [..., C] and positive step size [..., H] of inputs [..., D]."""
-        rows = self.dims.rows
-        projected = self.in_proj(u)
-        dt = F.softplus(projected[..., rows["dt"]].to(self.dt_bias.dtype) + self.dt_bias)
-        return projected[..., rows["z"]], projected[..., rows["x"].start : rows["C"].stop], dt
+        dims = self.dims
+        # split as one, whose gradient is one tensor; each slice's own would be as wide as all of them
+        z, conv_in, dt = self.in_proj(u).split([dims.inner, dims.inner + 2 * dims.compact, dims.heads], -1)
+        return z, conv_in, F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
 
     def _heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x, B, C, each [..., H, P], of the convolution's output [..., C]."""

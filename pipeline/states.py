@@ -48,9 +48,9 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def write(self, state: MixerState, tokens: int) -> None:
         """Keeps a copy of the state after ``tokens`` more tokens, in place, at a fixed address."""
-        if not self.has_previous_state[0]:
+        if not self.is_recurrent_states_initialized[0]:
             self.lazy_initialization(conv_states=state.conv, recurrent_states=state.recurrent)
-            self.has_previous_state[0] = True
+        self.has_previous_state[0] = True
         self.conv_states[0].copy_(state.conv.detach())
         self.recurrent_states[0].copy_(state.recurrent.detach())
         self.seen += tokens

@@ -60,3 +60,8 @@ FLOAT32_ENGINES = 5e-6
 BFLOAT16_ENGINES = 2e-2
 # JPEG at quality 95, in 255ths, in the middle of blocks of one colour: colours are rounded twice and quantised by 2.
 JPEG_LEVELS = 4
+# One decoding step's operations in float32, absolute and relative: sums of some dozen terms of size one in two orders.
+FLOAT32_STEP = 1e-5
+# A step's kernels against plain torch, as a share of the norm. bfloat16: both round their results (2^-9); tensor cores
+# take the normed input and the attention's weights rounded as well, each again 2^-9.
+STEP_KERNEL = {torch.float32: 1e-5, torch.bfloat16: 1e-2}

@@ -8,6 +8,7 @@ from pipeline.benchmarks.task import Item, Task
 from pipeline.data.conversations import IMAGE, Conversation, Turn
 from pipeline.data.encoding import Encoder
 from pipeline.data.processors import Processor
+from pipeline.decoding.engine import DecodingEngine
 from pipeline.generation import Generation, Prompt, generate
 
 # Batches whose pictures are held at once; questions of similar length are put together among those of so many.
@@ -29,6 +30,7 @@ def ask(
         SampleInvalid: a picture cannot be decoded, or the template has no place for it.
     """
     answers: list[str] = []
+    engine = DecodingEngine(model)
     for at in range(0, len(items), WINDOW * batch):
         chosen = items[at : at + WINDOW * batch]
         prompts = [prompt_of(encoder, task, item) for item in chosen]
@@ -39,6 +41,7 @@ def ask(
             prompts,
             Generation(batch, task.max_new_tokens),
             lambda done, before=before: progress(before + done),  # type: ignore[misc]
+            engine,
         )
     return answers
 

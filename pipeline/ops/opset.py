@@ -11,8 +11,9 @@ from schemas.sections import Backend
 
 @dataclass(frozen=True)
 class OpSet:
-    """``scan``, ``conv`` and ``step`` mean what ``reference.ssd_scan``, ``causal_conv`` and ``ssd_step`` do.
+    """A backend's operations, of which each means one of ``reference``'s.
 
+    ``scan`` means ``ssd_scan``, ``conv`` ``causal_conv``, ``step`` ``ssd_step`` and ``norm`` ``gated_rms_norm``;
     ``fused`` is everything between ``in_proj`` and the mixer's output in one operation, where a backend has it; ``why``
     says how the backend was chosen.
     """
@@ -21,6 +22,7 @@ class OpSet:
     scan: Callable[..., tuple[Tensor, Tensor]]
     conv: Callable[..., tuple[Tensor, Tensor]]
     step: Callable[..., tuple[Tensor, Tensor]]
+    norm: Callable[..., Tensor] = reference.gated_rms_norm
     fused: Callable[..., Tensor] | None = None
     why: str = "named"
 

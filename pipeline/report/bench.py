@@ -9,22 +9,22 @@ from pipeline.report.scales import brief, powers_of_two
 from pipeline.report.svg import NAMES, WHO, Style, style
 
 # The student's gain is taken in this engine alone: the other one's differs between the two models' caches.
-LOOP, GENERATE = "loop", "generate"
+OURS, GENERATE = "decant", "generate"
 Points = Sequence[Mapping[str, Any]]
 
 
 def bench_section(bench: Mapping[str, Any] | None) -> Section | None:
-    """Curves by batch, the student's gain, transformers' own engine beside the loop, and every point."""
+    """Curves by batch, the student's gain, transformers' own engine beside ours, and every point."""
     points: Points = bench["points"] if bench else []
     if not points or bench is None:
         return None
     batches = sorted({p["batch"] for p in points})
-    charts = [chart for batch in batches for chart in _charts(_of(points, LOOP, batch), batch)]
+    charts = [chart for batch in batches for chart in _charts(_of(points, OURS, batch), batch)]
     tables = [_gains(points), _engines(points), _all_points(points), *_models(bench)]
     notes = [
-        "Teacher and student generate in one and the same loop; dashed lines are the roofline, the bytes read a step "
+        "Teacher and student generate by one and the same engine; dashed lines are the roofline, the bytes read a step "
         "over the device's measured bandwidth, and the memory formula. " + _device(bench),
-        "An engine's gain is the loop's tokens a second over those of transformers' `generate()` for the same model, "
+        "The engine's gain is its tokens a second over those of transformers' `generate()` for the same model, "
         "and never part of the student's gain.",
     ]
     return Section("speed", "Speed and memory", charts, [t for t in tables if t.rows], notes)
@@ -84,28 +84,28 @@ def _index(points: Points) -> dict[tuple[str, str, int, int], Mapping[str, Any]]
 
 
 def _gains(points: Points) -> Table:
-    """The student over the teacher in the loop: measured, and what their rooflines allow."""
+    """The student over the teacher by our engine: measured, and what their rooflines allow."""
     known, rows = _index(points), []
-    for batch, context in sorted({(p["batch"], p["context"]) for p in points if p["engine"] == LOOP}):
-        teacher, student = (known.get((who, LOOP, batch, context)) for who in ("teacher", "student"))
+    for batch, context in sorted({(p["batch"], p["context"]) for p in points if p["engine"] == OURS}):
+        teacher, student = (known.get((who, OURS, batch, context)) for who in ("teacher", "student"))
         keys = ("tokens_per_second", "roofline_tokens_per_second")
         ratios = [_ratio(student, teacher, key) for key in keys]
         memory = _ratio(student, teacher, "peak_bytes")
         if any(cell.value is not None for cell in (*ratios, memory)):
             rows.append([count(batch), count(context), *ratios, memory])
     head = ["batch", "context", "tokens a second", "roofline's", "peak memory"]
-    return Table("Student over teacher, same loop", head, rows)
+    return Table("Student over teacher, same engine", head, rows)
 
 
 def _engines(points: Points) -> Table:
-    """The loop over ``generate()``, model by model."""
+    """Our engine over ``generate()``, model by model."""
     known, rows = _index(points), []
     for who, engine, batch, context in sorted(known, key=lambda k: (k[0] != "teacher", *k[1:])):
-        other = known.get((who, LOOP, batch, context))
+        other = known.get((who, OURS, batch, context))
         if engine == GENERATE and other is not None:
             ratio = _ratio(other, known[who, engine, batch, context], "tokens_per_second")
             rows.append([Cell(NAMES.get(who, who)), count(batch), count(context), ratio])
-    return Table("The engine's gain: loop over generate()", ["model", "batch", "context", "tokens a second"], rows)
+    return Table("The engine's gain over generate()", ["model", "batch", "context", "tokens a second"], rows)
 
 
 def _all_points(points: Points) -> Table:

@@ -12,24 +12,24 @@ MARKS = {"teacher": "o", "student": "s"}
 
 
 def speed_chart(bench: Bench, kind: Kind) -> bytes:
-    """Tokens a second of every model, a panel a batch: the loop solid, ``generate()`` dotted, rooflines dashed."""
+    """Tokens a second of every model, a panel a batch: the engine solid, ``generate()`` dotted, rooflines dashed."""
     return _chart(bench, "tokens a second", kind, _speed_lines)
 
 
 def memory_chart(bench: Bench, kind: Kind) -> bytes:
-    """Gigabytes of every model, a panel a batch: measured peaks of the loop solid, the formula dashed."""
+    """Gigabytes of every model, a panel a batch: measured peaks of the engine solid, the formula dashed."""
     return _chart(bench, "memory, GB", kind, _memory_lines)
 
 
 def _speed_lines(axes: Any, who: str, points: list[dict[str, Any]]) -> None:
-    for engine, style in (("loop", "-"), ("generate", ":")):
+    for engine, style in (("decant", "-"), ("generate", ":")):
         mine = [p for p in points if p["engine"] == engine]
         _line(axes, f"{who}, {engine}", who, style, mine, "tokens_per_second")
     _line(axes, f"{who}, roofline", who, "--", _first_engine(points), "roofline_tokens_per_second")
 
 
 def _memory_lines(axes: Any, who: str, points: list[dict[str, Any]]) -> None:
-    _line(axes, f"{who}, peak", who, "-", [p for p in points if p["engine"] == "loop"], "peak_bytes", 1e9)
+    _line(axes, f"{who}, peak", who, "-", [p for p in points if p["engine"] == "decant"], "peak_bytes", 1e9)
     _line(axes, f"{who}, formula", who, "--", _first_engine(points), "formula_bytes", 1e9)
 
 

@@ -17,8 +17,9 @@ from jobs.bench_table import show
 from jobs.contestants import chosen, of_folders, of_run
 from jobs.stages import layer_plan, open_store
 from jobs.train import WEIGHTS
-from pipeline import decoding, roofline
-from pipeline.decoding import Decoded
+from pipeline import roofline
+from pipeline.decoding import timing
+from pipeline.decoding.timing import Decoded
 from pipeline.meter import BenchSettings, Meter
 from pipeline.ops.opset import TORCH
 from pipeline.report.speed import memory_chart, speed_chart
@@ -33,7 +34,7 @@ from tests.decoders import MULTI_HEAD, build, hybrid
 from tests.jobs.test_cli import decant, refused
 
 CPU = torch.device("cpu")
-SETTINGS = BenchSettings((8,), (1,), ("loop",), new_tokens=3, repeats=1, dtype="float32")
+SETTINGS = BenchSettings((8,), (1,), ("decant",), new_tokens=3, repeats=1, dtype="float32")
 # Keys that a report reads; see the text of the command.
 KEYS = {
     "model",
@@ -80,7 +81,7 @@ def test_command_measures_a_runs_teacher_and_student_and_writes_what_a_report_re
     assert list(result["models"]) == ["teacher", "student"]
     places = [(p["model"], p["engine"], p["batch"], p["context"]) for p in result["points"]]
     assert sorted(places) == sorted(
-        (m, e, b, c) for m in ("teacher", "student") for e in ("loop", "generate") for b in (1, 2) for c in (8, 16)
+        (m, e, b, c) for m in ("teacher", "student") for e in ("decant", "generate") for b in (1, 2) for c in (8, 16)
     )
     for point in result["points"]:
         assert set(point) >= KEYS
@@ -107,7 +108,7 @@ def test_command_measures_a_runs_teacher_and_student_and_writes_what_a_report_re
         *(f"{n}.{k}" for n in ("speed", "memory") for k in ("svg", "png")),
     }
     shown = flat(done.stdout)
-    assert "the engine's gain, loop over generate()" in shown
+    assert "the engine's gain over generate()" in shown
     assert "1 of 4 layers Mamba-2 (torch)" in shown
     assert "peak: not measured" in shown
 
@@ -174,13 +175,13 @@ def test_random_weights_of_a_run_have_the_runs_sizes(run_of: Callable[..., RunCo
 
 
 def meter(speed: Callable[[int], float], memory: int = 10**15) -> Meter:
-    """Of a model whose loop takes so many seconds a token at a context."""
+    """Of a model whose engine takes so many seconds a token at a context."""
 
-    def engine(model: Any, prompts: torch.Tensor, new_tokens: int) -> Decoded:
+    def run(prompts: torch.Tensor, new_tokens: int) -> Decoded:
         seconds = speed(prompts.shape[1])
         return Decoded(torch.zeros(prompts.shape[0], new_tokens), 3 * seconds, seconds * (new_tokens - 1))
 
-    decoding.ENGINES["fake"] = engine
+    timing.ENGINES["fake"] = lambda _: run
     model = build("phi")
     chosen_ones = BenchSettings((8, 16), (4,), ("fake",), new_tokens=5, repeats=3, dtype="float32")
     return Meter("teacher", model, Footprint(1000, 600, (KeptLayer(10),), 7), chosen_ones, 1e4, memory)
@@ -188,8 +189,8 @@ def meter(speed: Callable[[int], float], memory: int = 10**15) -> Meter:
 
 @pytest.fixture
 def _fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "ENGINES", decoding.ENGINES)
-    monkeypatch.setitem(decoding.ENGINES, "fake", decoding.decode)
+    monkeypatch.setattr(timing, "ENGINES", timing.ENGINES)
+    monkeypatch.setitem(timing.ENGINES, "fake", timing.by_engine)
 
 
 @pytest.mark.usefixtures("_fake")
@@ -281,7 +282,7 @@ def test_a_model_that_does_not_fit_is_named(tiny: str) -> None:
 def result_with_a_gap() -> dict[str, Any]:
     points = []
     for who in ("teacher", "student"):
-        for engine in ("loop", "generate"):
+        for engine in ("decant", "generate"):
             for batch in (1, 4):
                 for context in (1024, 4096):
                     gone = who == "teacher" and (batch, context) == (4, 4096)
@@ -294,7 +295,7 @@ def result_with_a_gap() -> dict[str, Any]:
                             "context": context,
                             "new_tokens": 64,
                             "seconds_to_first_token": None if gone else 0.5,
-                            "tokens_per_second": speed if engine == "loop" or gone else speed and speed / 4,
+                            "tokens_per_second": speed if engine == "decant" or gone else speed and speed / 4,
                             "tokens_per_second_range": [90.0, 110.0],
                             "roofline_tokens_per_second": (1500.0 if who == "student" else 1000.0) * batch,
                             "roofline_share": 0.1,
@@ -310,7 +311,7 @@ def result_with_a_gap() -> dict[str, Any]:
         "bandwidth_range": [2.9e12, 3.1e12],
         "settings": {"dtype": "bfloat16", "new_tokens": 64, "repeats": 3},
         "models": {"teacher": facts, "student": {**facts, "replaced": [0, 4], "backend": "mamba-ssm"}},
-        "points": sorted(points, key=lambda p: (p["batch"], p["context"], p["engine"] != "loop")),
+        "points": sorted(points, key=lambda p: (p["batch"], p["context"], p["engine"] != "decant")),
     }
 
 
@@ -319,12 +320,12 @@ def test_table_compares_within_an_engine_and_tells_the_engines_gain_apart() -> N
     show(result_with_a_gap(), console)
     text = console.export_text()
     rows = [line.split() for line in text.splitlines()]
-    for engine in ("loop", "generate"):
+    for engine in ("decant", "generate"):
         student = [row for row in rows if "student" in row and engine in row]
         assert ["2.00" in row for row in student] == [True, True, True, False]  # the teacher has no last figure
         assert all("1.50" in row for row in student)
     assert "out of memory" in text
-    assert text.count("loop over generate(): 4.00 to 4.00 ×") == 2
+    assert text.count("gain over generate(): 4.00 to 4.00 ×") == 2
     assert "2 of 32 layers Mamba-2 (mamba-ssm)" in text
     assert "copies move 3 TB/s (2.9 TB to 3.1 TB)" in flat(text)
 
@@ -335,7 +336,7 @@ def test_pictures_hold_every_line_and_come_out_the_same(chart: Any) -> None:
     svg = chart(result, "svg")
     assert svg == chart(result, "svg")
     text = svg.decode()
-    names = ("loop", "generate", "roofline") if chart is speed_chart else ("peak", "formula")
+    names = ("decant", "generate", "roofline") if chart is speed_chart else ("peak", "formula")
     for name in (f"{who}, {kind}" for who in ("teacher", "student") for kind in names):
         assert name in text, name
     assert "batch 4" in text
@@ -364,7 +365,7 @@ def test_a_result_without_measured_peaks_is_drawn(tmp_path: Path) -> None:
         (["--model", "phi-2", "--random", "--ratio", "1.5"], "--ratio 1.5: is no share of the layers"),
         (["RUN", "--contexts", "1k,none"], "--contexts 1k,none: expected whole numbers above 0"),
         (["RUN", "--batches", "0"], "--batches 0: expected whole numbers above 0"),
-        (["RUN", "--engines", "loop,vllm"], "vllm is not known; there are loop, generate"),
+        (["RUN", "--engines", "decant,vllm"], "vllm is not known; there are decant, generate"),
     ],
 )
 def test_what_does_not_go_together_is_refused(run_file: Path, arguments: list[str], says: str) -> None:
@@ -378,8 +379,8 @@ def test_folder_that_cannot_be_made_is_told_before_anything_is_measured(run_file
 
 def test_numbers_and_names_of_the_options() -> None:
     assert whole_numbers("4k, 512,1K,512", "--contexts") == (512, 1024, 4096)
-    assert engine_names("generate,loop") == ("loop", "generate")
-    asked = Asked(None, None, "loop", 8, 2, None, 0)
+    assert engine_names("generate,decant") == ("decant", "generate")
+    asked = Asked(None, None, "decant", 8, 2, None, 0)
     assert asked.settings(CPU).contexts == (256, 512, 1024)
     assert asked.settings(CPU).dtype == "float32"
     assert asked.settings(torch.device("cuda")).contexts[-1] == 65536

@@ -206,6 +206,7 @@ def test_report_is_self_contained_and_holds_the_promised_figures(finished: RunCo
     assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", text)
 
 
+@pytest.mark.slow  # goes through two stages on Ray; test_verify and test_inspect name damaged shards without it
 def test_corrupt_shard_ends_the_cache_with_its_name(
     settings: dict[str, Any], finished: RunConfig, tmp_path: Path
 ) -> None:

@@ -168,11 +168,11 @@ def bench() -> dict[str, Any]:
     """Points of a 5.6 GB model that reads 327,680 B a token of context, and a student that reads half of it."""
     points, bandwidth = [], 4.3e12
     for engine, batch, context, who in itertools.product(
-        ("loop", "generate"), (1, 8), (1024, 4096, 16384, 65536), ("teacher", "student")
+        ("decant", "generate"), (1, 8), (1024, 4096, 16384, 65536), ("teacher", "student")
     ):
         read = 5.6e9 + batch * context * 327_680 * (0.5 if who == "student" else 1.0)
         lost = read > 100e9
-        rate = batch * bandwidth / read * (0.7 if engine == "loop" else 0.2)
+        rate = batch * bandwidth / read * (0.7 if engine == "decant" else 0.2)
         measured = {"seconds_to_first_token": context / 2e5, "tokens_per_second": rate, "peak_bytes": 1.1 * read}
         points.append(
             {"model": who, "engine": engine, "batch": batch, "context": context, "new_tokens": 128}

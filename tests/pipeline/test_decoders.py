@@ -254,6 +254,7 @@ def test_hidden_states_of_every_layer_are_still_given() -> None:
     assert len(model(input_ids=tokens(5)[0][None], output_hidden_states=True).hidden_states) == LAYERS + 1
 
 
+@pytest.mark.slow  # a process that builds every family; test_path loads an exported folder in a fresh one
 @torch.no_grad()
 def test_saved_hybrids_give_equal_logits_in_a_fresh_process(tmp_path: Path) -> None:
     (ids,) = tokens(9)

@@ -83,7 +83,8 @@ def test_a_teacher_by_name_is_fetched_once_without_code_and_without_pickle(tmp_p
     ("name", "revision", "says"),
     [
         ("someone/other", "", "no such folder here and no such repository on the hub"),
-        (NAME, "v9", "at revision v9: the hub has no such revision"),
+        # seconds of a process that imports the frameworks; the other refusal goes the same way
+        pytest.param(NAME, "v9", "at revision v9: the hub has no such revision", marks=pytest.mark.slow),
     ],
 )
 def test_what_the_hub_has_not_is_named(tmp_path: Path, name: str, revision: str, says: str) -> None:

@@ -23,6 +23,8 @@ TEACHER = TeacherConfig(path="jobs/demo/teacher")
 LAYERS = 8
 # Batches of which the numbers of questions are no multiples, so that the last one is a part.
 BATCHES = (1, 7, 32)
+# The last takes as long as the others together; test_decoders pads decoders of mixers alone.
+PLANS = [(), (0, 4), pytest.param(tuple(range(LAYERS)), marks=pytest.mark.slow)]
 CPU = torch.device("cpu")
 Asked = tuple[Processor, list[Question]]
 
@@ -52,7 +54,7 @@ def answers(model: PreTrainedModel, asked: Asked, batch: int) -> list[str]:
     return generate(model, processor, prompts, Generation(batch, 16))
 
 
-@pytest.mark.parametrize("replaced", [(), (0, 4), tuple(range(LAYERS))], ids=["teacher", "quarter", "all"])
+@pytest.mark.parametrize("replaced", PLANS, ids=["teacher", "quarter", "all"])
 def test_no_batch_size_changes_an_answer(asked: Asked, replaced: tuple[int, ...]) -> None:
     model = model_of(replaced)
     alone, *others = (answers(model, asked, batch) for batch in BATCHES)
@@ -82,7 +84,7 @@ def choices(model: PreTrainedModel, asked: Asked, batch: int, *, left: bool) -> 
     return found
 
 
-@pytest.mark.parametrize("replaced", [(), (0, 4), tuple(range(LAYERS))], ids=["teacher", "quarter", "all"])
+@pytest.mark.parametrize("replaced", PLANS, ids=["teacher", "quarter", "all"])
 def test_no_side_of_the_padding_changes_a_choice(asked: Asked, replaced: tuple[int, ...]) -> None:
     model = model_of(replaced)
     alone = choices(model, asked, 1, left=False)

@@ -170,6 +170,7 @@ def test_data_and_images_on_s3_give_the_local_ones_samples(
         prepare.stage(there.model_copy(update={"prepare": gone}))
 
 
+@pytest.mark.slow  # waits for answers that never come; a store that refuses one object is tested by default
 def test_cache_through_faults_of_every_kind_has_the_local_ones_bytes(
     server: str, impatient: pytest.MonkeyPatch, tiny_teacher: Path, scenes_folder: Path, tmp_path: Path
 ) -> None:
