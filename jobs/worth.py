@@ -1,4 +1,4 @@
-"""Commands that tell what students are worth: sweeps, speed, pages, scores of answers."""
+"""Commands that tell what students are worth: their answers, sweeps, speed, pages, scores."""
 
 import os
 from pathlib import Path
@@ -76,8 +76,8 @@ def bench(
         str | None, typer.Option(help="Prompts at once.", metavar="A,B", show_default="1,8; on a CPU 1,4")
     ] = None,
     engines: Annotated[
-        str, typer.Option(help="loop: ours; generate: transformers' generate().", metavar="A,B")
-    ] = "loop,generate",
+        str, typer.Option(help="decant: ours, as in evaluation; generate: transformers' generate().", metavar="A,B")
+    ] = "decant,generate",
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate after each prompt.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="How often each point is measured, after once to warm up.")] = 3,
     dtype: Annotated[
@@ -125,4 +125,65 @@ def score(
         run(benchmark(task, folder, seed), answers, out, as_json=json_, files=files)
 
 
-COMMANDS = (ablate, report, bench, score)
+def generate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of a teacher or exported student, a teacher's name on the hub, or a run file.",
+            metavar="MODEL|RUN.yaml",
+            show_default=False,
+        ),
+    ],
+    prompt: Annotated[
+        str,
+        typer.Option(
+            help="What is asked; - reads it from stdin. An <image> in it is an image's place; else they stand first.",
+            metavar="TEXT",
+            show_default=False,
+        ),
+    ],
+    image: Annotated[
+        list[Path] | None, typer.Option(help="An image file; once for each, in their order.", metavar="FILE")
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="The system's text, where the template has a place for it.", metavar="TEXT")
+    ] = None,
+    which: Annotated[
+        Literal["teacher", "student"] | None,
+        typer.Option(help="Of a run file: who answers.", show_default="student"),
+    ] = None,
+    set_: Overrides = None,
+    template: Annotated[
+        Literal["own", "phi", "llama", "qwen2_base", "qwen2_instruct", "gemma", "pretrain"] | None,
+        typer.Option(help="Conversation template.", metavar="NAME", show_default="the model's or run's own"),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer at the most.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="Of draws from the whole distribution; 0: greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        typer.Option(help="Type of the weights.", show_default="bfloat16; on a CPU float32"),
+    ] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"] | None,
+        typer.Option(help="Where it computes.", show_default="auto, or as the run says"),
+    ] = None,
+    backend: Annotated[
+        Literal["auto", "torch", "mamba-ssm"] | None,
+        typer.Option(help="Who computes a student's mixers.", show_default="auto, or as the run says"),
+    ] = None,
+) -> None:
+    """Answer a prompt with images; the answer streams to stdout, who answers and how fast goes to stderr."""
+    with readable_errors():
+        from jobs.generate import Asked
+        from jobs.generate import generate as run
+        from jobs.speakers import Choices, speaker
+        from pipeline.generation import Generation
+
+        asked, how = Asked(prompt, image or (), system), Generation(1, max_new_tokens, temperature, seed)
+        who = speaker(model, Choices(which, set_ or (), template, device, backend))
+        if status := run(who, asked, how, dtype):
+            raise typer.Exit(status)
+
+
+COMMANDS = (generate, ablate, report, bench, score)
