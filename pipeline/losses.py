@@ -56,8 +56,8 @@ class _HeadLoss(torch.autograd.Function):
                 (gradient_PD[chunk],) = torch.autograd.grad(logits_CV, part, total_CV)
         ctx.gradient_PD = gradient_PD
         ctx.mark_non_differentiable(values)
-        weights = torch.tensor([w for w, _ in terms], device=values.device)
-        return (weights * values).sum(), values
+        # not by a tensor of the weights, whose copy to the device would wait for all that it has to do
+        return torch.stack([weight * values[i] for i, (weight, _) in enumerate(terms)]).sum(), values
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, None, None, None]:

@@ -5,9 +5,9 @@ parameter that no micro-batch of a step reached has the gradient 0, whatever the
 counter are those of one optimizer over one batch.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,8 @@ from schemas.sections import Strategy
 
 # What AdamW holds of a parameter, as it names them; `step` is a scalar.
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+# What torch's own clipping adds to a norm before it divides by it.
+CLIP_MARGIN = 1e-6
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,22 @@ def moment_key(name: str, field: str) -> str:
     return f"optimizer.{name}.{field}"
 
 
+def _reading(value: Tensor) -> Callable[[], float]:
+    """Begins to read a scalar; the result waits for what the device was told before this, and not for more."""
+    if not value.is_cuda:
+        return partial(float, value)
+    # pinned: for a copy to other memory CUDA waits
+    copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+
+    def read() -> float:
+        event.synchronize()
+        return float(copy)
+
+    return read
+
+
 class ReplicatedEngine:
     """`ddp`: every worker holds everything, and one sum over workers a step makes their gradients the same.
 
@@ -158,13 +176,17 @@ class ReplicatedEngine:
 
     def step(self, lr: float) -> float:
         """See `Engine`."""
-        norm = float(nn.utils.clip_grad_norm_(self.trained.values(), self.recipe.clip))
-        if math.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
+        norm = torch.linalg.vector_norm(self.gradients)
+        read = _reading(norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # as gradient scalers tell it: gradients are divided by the one, and nothing happens where the other is 1
+        told: Any = self.optimizer
+        told.grad_scale = ((norm + CLIP_MARGIN) / self.recipe.clip).clamp(min=1)
+        told.found_inf = (~norm.isfinite()).float()
+        self.optimizer.step()
         self.gradients.zero_()
-        return norm
+        return read()
 
     def tensors(self) -> dict[str, Tensor]:
         """See `Engine`."""

@@ -8,10 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from pipeline.models import decoder
+from pipeline.models import body, decoder
 from pipeline.surgery import mixers, trained_modules
+from pipeline.training.graphed import Graphed
 from schemas.sections import Part
+
+# How many programs torch keeps for one function before it leaves the rest uncompiled. All layers are one function to
+# it, as they share a wrapper: decoder and tower, with and without gradients (of the input, or at all), batches of one
+# and of several rows, one and all lengths. torch's own limit of 8 is under what one training has.
+PROGRAMS = 64
 
 
 def mix_precision(model: PreTrainedModel, parts: Iterable[Part], device: torch.device) -> None:
@@ -57,7 +64,33 @@ def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def compile_layers(model: PreTrainedModel) -> None:
-    """Frozen layers are compiled, one program for all: they differ in nothing but their weights."""
-    for layer in frozen_layers(model):
-        layer.compile()
+def compile_layers(model: PreTrainedModel, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compiles what is frozen: the decoder's layers around their mixers, and a Llava's vision tower.
+
+    Layers of one kind share their programs, since they differ in nothing but their weights. Mixers run as they are: the
+    graph of a replaced layer breaks at its mixer, and what comes before and after it is compiled. A program is for the
+    shapes that it was made with; the second batch length makes one for every length. On CUDA the tower's forward is a
+    graph besides (``Graphed``).
+    """
+    torch._dynamo.config.recompile_limit = max(PROGRAMS, torch._dynamo.config.recompile_limit)
+    for mixer in mixers(model).values():
+        mixer.forward = functools.partial(_untraced, mixer.forward)  # type: ignore[method-assign]
+    layers: Any = decoder(model).layers
+    # the forward alone: hooks on a layer, which record its output, stay outside
+    tower, seeing = _tower(model)
+    for layer in (*layers, *seeing):
+        layer.forward = torch.compile(layer.forward, backend=backend)
+    if seeing:
+        tower.forward = Graphed(tower)
+
+
+@torch.compiler.disable
+def _untraced(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    # one function for all mixers, which compiled code tells apart by what they call
+    return forward(*args, **kwargs)
+
+
+def _tower(model: PreTrainedModel) -> tuple[Any, list[nn.Module]]:
+    """A vision tower that takes images of one size, and its layers; others (Qwen's) cut sequences by their data."""
+    tower = getattr(body(model), "vision_tower", None)
+    return tower, [] if tower is None else [m for m in tower.modules() if isinstance(m, GradientCheckpointingLayer)]

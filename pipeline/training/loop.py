@@ -86,10 +86,10 @@ class Training:
         self.initial = self.final = self.trained()
         if recipe.dtype == "bfloat16":
             mix_precision(model, student.train, worker.device)
-        if placement.activation_checkpointing:
-            checkpoint_layers(model)
         if placement.compile:
             compile_layers(model)
+        if placement.activation_checkpointing:
+            checkpoint_layers(model)
 
     def _schedule(self, number: int) -> Schedule:
         phase = self.recipe.phases[number]

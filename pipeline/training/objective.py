@@ -130,7 +130,8 @@ class DistillObjective(nn.Module):
         if self.recipe.reduction == "token_mean":
             return supervised_P / batch.totals.supervised
         row_P = batch.positions[:, 0]
-        count_B = torch.bincount(row_P, supervised_P, minlength=len(batch.items)).clamp(min=1)
+        # not `bincount`, which asks the device for the largest row
+        count_B = supervised_P.new_zeros(len(batch.items)).index_add_(0, row_P, supervised_P).clamp(min=1)
         return supervised_P / (count_B[row_P].float() * batch.totals.samples)
 
 

@@ -19,18 +19,21 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText
 
 from pipeline.initialise import initialise
-from pipeline.models import connector, decoder, fuse_activations
+from pipeline.models import body, connector, decoder, fuse_activations
 from pipeline.ops.backends import resolve
 from pipeline.student import has_bias
 from pipeline.surgery import DEFAULT_PARTS, mixers, replace_layers, trainable_names
 from pipeline.training.batch import Batch, Totals
 from pipeline.training.engine import OptimizerRecipe, Worker, make_engine
-from pipeline.training.execution import mix_precision
+from pipeline.training.execution import compile_layers, frozen_layers, mix_precision
 from pipeline.training.objective import DistillObjective, LayerObjective
-from schemas.layers import LayersConfig, plan_layers
+from schemas.layers import LayersConfig, Placement, plan_layers
 from schemas.recipe import DistillConfig, LossWeights
+from schemas.sections import Part, Strategy
 from tests.bench.capture import config
 
+# As many as give every placement of a quarter a prefix or a suffix of its own.
+SMALL_LAYERS = 8
 RATIO, INIT = 0.25, "mimic"
 TEMPERATURE = 1.0
 RECIPE = DistillConfig.model_validate({"phases": [{"kind": "distill", "steps": 1}]})
@@ -78,9 +81,20 @@ class Pair:
     Frozen weights are bfloat16, trained ones float32 under autocast.
     """
 
-    def __init__(self, sizes: Sizes, worker: Worker) -> None:
+    def __init__(
+        self,
+        sizes: Sizes,
+        worker: Worker,
+        placement: Placement = "even",
+        parts: tuple[Part, ...] = DEFAULT_PARTS,
+        strategy: Strategy = "ddp",
+    ) -> None:
+        """``placement`` says which quarter of the layers is replaced, ``parts`` what trains."""
+        self.parts = parts
         self.sizes, self.device = sizes, (device := worker.device)
         self.made = config(small=sizes.small)
+        if sizes.small:
+            self.made.text_config.num_hidden_layers = SMALL_LAYERS
         # as the reference selects: all patches but the first, 728 of 729
         self.made.vision_feature_select_strategy = "default"
         torch.manual_seed(0)
@@ -88,17 +102,17 @@ class Pair:
             teacher = AutoModelForImageTextToText.from_config(self.made, dtype=torch.bfloat16)
         fuse_activations(teacher)
         self.teacher = teacher.eval().requires_grad_(False)
-        self.plan = plan_layers(LayersConfig(ratio=RATIO), len(decoder(teacher).layers))
+        self.plan = plan_layers(LayersConfig(ratio=RATIO, placement=placement), len(decoder(teacher).layers))
         self.ops = resolve("auto", device)
         self.student = self._student()
         found = mixers(self.student)
         layer = LayerObjective(found, RECIPE, dict.fromkeys(found, 1.0), None)
         self.objective = DistillObjective(self.student, layer, LossWeights(), [(1.0, TEMPERATURE)], RECIPE)
         self.trained = self._train()
-        mix_precision(self.student, DEFAULT_PARTS, device)
+        mix_precision(self.student, parts, device)
         how = OptimizerRecipe(RECIPE.betas, RECIPE.weight_decay, RECIPE.clip)
         # one engine for all sides: whoever adds gradients, it clips and steps
-        self.engine = make_engine("ddp", False, self.objective, self.trained, how, worker)
+        self.engine = make_engine(strategy, False, self.objective, self.trained, how, worker)
 
     def _student(self) -> Any:
         own = {id(p) for p in connector(self.teacher).parameters()}
@@ -111,7 +125,7 @@ class Pair:
 
     def _train(self) -> dict[str, nn.Parameter]:
         parameters = dict(self.student.named_parameters())
-        chosen = {n: parameters[n] for n in trainable_names(self.student)}
+        chosen = {n: parameters[n] for n in trainable_names(self.student, self.parts)}
         for parameter in chosen.values():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
@@ -124,20 +138,31 @@ class Pair:
     @contextmanager
     def checkpointed(self) -> Iterator[None]:
         """While open, the stock layers keep no activations but run again in the backward pass."""
-        stock = [decoder(self.student).layers[i] for i in self.plan.kept]
-        for layer in stock:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        before = {layer: layer.forward for layer in frozen_layers(self.student)}
+        for layer, forward in before.items():
+            layer.forward = partial(checkpoint, forward, use_reentrant=False)
         try:
             yield
         finally:
-            for layer in stock:
-                del layer.forward
+            for layer, forward in before.items():
+                layer.forward = forward
 
     def compile(self) -> None:
-        """Compiles the layers that both models have."""
+        """Compiles both models as the training loop compiles a student."""
         for model in (self.teacher, self.student):
-            for index in self.plan.kept:
-                decoder(model).layers[index].compile()
+            compile_layers(model)
+
+    @contextmanager
+    def eager(self) -> Iterator[None]:
+        """While open, both models run as they are written: no program, and no graph of a vision tower."""
+        towers: list[Any] = [body(model).vision_tower for model in (self.teacher, self.student)]
+        before = {tower: vars(tower).pop("forward") for tower in towers if "forward" in vars(tower)}
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            for tower, forward in before.items():
+                tower.forward = forward
 
     @property
     def spare(self) -> int:

@@ -4,12 +4,15 @@ Random weights, a quarter of the layers replaced, 8 samples of 1,024 tokens of w
 have targets. ``cached`` is the training loop's step from a batch on the host, with pixels or with cached features of
 the vision tower; ``online`` runs the teacher in the same process and computes those very targets and taps, so that its
 loss must be the same but for rounding; ``reference`` is as MaTVLM's loop does it. All take turns in one run, and get
-their batches in the same way. A round is five steps, over which the tapped samples come out whole (2 of 40); figures
-are medians of rounds, rates count image positions as tokens. The bound is what the FLOPs imply. ``--small`` is for a
-machine without a GPU, to see that it runs.
+their batches in the same way. For cached and online, frozen layers of both models are compiled and the vision tower is
+replayed as a graph, as in training (``--eager``: not); never for reference, whose authors run it so. A round is five
+steps, over which the tapped samples come out whole (2 of 40); figures are medians of rounds, rates count image
+positions as tokens. Beside them stand two floors (``floor``) and what the FLOPs imply. ``--small`` is for a machine
+without a GPU, to see that it runs.
 """
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -17,8 +20,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -26,9 +30,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.models import body
+from pipeline.surgery import DEFAULT_PARTS
 from pipeline.training.batch import Batch, Copier, Sent
 from pipeline.training.engine import Worker
 from pipeline.vision import feed_features
+from schemas.layers import Placement
+from tests.bench.floor import Parts, Products, milliseconds
+from tests.bench.kernels import describe, noted_waits, recorded_kernels
 from tests.bench.online import OnlineStep, ReferenceStep
 from tests.bench.pair import Pair, add_sizes, sizes_of
 
@@ -36,6 +44,8 @@ STEPS, ROUNDS, REFERENCE_ROUNDS = 5, 5, 1
 # Threads that copy batches to the device, as in placement.distill.readers.
 READERS = 2
 Step = Callable[[Batch], Tensor]
+# Of each side a row a round: milliseconds a step, peak bytes, loss.
+Found = dict[str, list[tuple[float, ...]]]
 
 
 class Clock:
@@ -148,9 +158,9 @@ def timed(pair: Pair, step: Step, batches: Sequence[Batch]) -> tuple[float, floa
     return spent, float(torch.cuda.max_memory_allocated()) if cuda else float("nan"), loss
 
 
-def measure(pair: Pair, works: dict[str, tuple[Step, list[Batch]]], rounds: int) -> dict[str, list[tuple[float, ...]]]:
+def measure(pair: Pair, works: dict[str, tuple[Step, list[Batch]]], rounds: int) -> Found:
     """All sides in turns; the first round warms up."""
-    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in works}
+    found: Found = {name: [] for name in works}
     for number in range(rounds + 1):
         for name, (step, batches) in works.items():
             if name == "reference" and number > REFERENCE_ROUNDS:
@@ -161,31 +171,87 @@ def measure(pair: Pair, works: dict[str, tuple[Step, list[Batch]]], rounds: int)
     return {name: values[1:] for name, values in found.items()}
 
 
-def print_table(pair: Pair, flops: dict[str, float], found: dict[str, list[tuple[float, ...]]]) -> None:
-    """Speed, arithmetic and memory of the sides, and the bound."""
-    spent = {name: statistics.median(v[0] for v in values) for name, values in found.items()}
-    print("| | tokens/s (range) | ms a step | of online | of reference | TFLOP a step | TFLOP/s | peak GB | loss |")
-    print("|---|---|---|---|---|---|---|---|---|")
+def floors(pair: Pair, products: Products, steps: int, rounds: int) -> tuple[dict[str, float], float]:
+    """Milliseconds of a step's parts, and of its products; these were noted over ``steps``."""
+    parts = {name: milliseconds(work, pair.device, rounds) for name, work in Parts(pair).calls().items()}
+    return parts, milliseconds(products, pair.device, rounds) / steps
+
+
+def figures(
+    pair: Pair, flops: dict[str, float], found: Found, parts: dict[str, float], products: float
+) -> dict[str, Any]:
+    """All that was measured, and the ratios that count."""
+    sides = {}
     for name, values in found.items():
         rates = [1000 * pair.sizes.a_step / v[0] for v in values]
-        peak = max(v[1] for v in values) - (pair.spare if name.startswith("cached") else 0)
+        sides[name] = {
+            "ms": statistics.median(v[0] for v in values),
+            "tokens_per_second": [min(rates), statistics.median(rates), max(rates)],
+            "tflop": flops[name] / 1e12,
+            "peak_gb": _peak(pair, name, values),
+            "loss": values[-1][2],
+        }
+    spent = {name: side["ms"] for name, side in sides.items()}
+    return {
+        "sizes": asdict(pair.sizes),
+        "replaced": pair.plan.replaced,
+        "trains": pair.parts,
+        "device": torch.cuda.get_device_name() if pair.device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "backend": pair.ops.backend,
+        "sides": sides,
+        "parts_ms": parts,
+        "products_ms": products,
+        "ratios": {
+            "cached over online": spent["online"] / spent["cached"],
+            "cached over reference": spent["reference"] / spent["cached"],
+            "FLOPs of online over cached": flops["online"] / flops["cached"],
+            "FLOPs of reference over cached": flops["reference"] / flops["cached"],
+            "step over parts alone": spent["cached"] / sum(parts.values()),
+            "step over products alone": spent["cached"] / products,
+        },
+    }
+
+
+def _peak(pair: Pair, name: str, values: list[tuple[float, ...]]) -> float | None:
+    """GB; cached without what only the teacher has, and None without a device of its own."""
+    if pair.device.type != "cuda":
+        return None
+    return (max(v[1] for v in values) - (pair.spare if name.startswith("cached") else 0)) / 1e9
+
+
+def print_table(pair: Pair, made: dict[str, Any]) -> None:
+    """Speed, arithmetic and memory of the sides, and the floors."""
+    sides = made["sides"]
+    print("| | tokens/s (range) | ms a step | of online | of reference | TFLOP a step | TFLOP/s | peak GB | loss |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name, side in sides.items():
+        least, middle, most = side["tokens_per_second"]
         cells = [
-            f"{statistics.median(rates):,.0f} ({min(rates):,.0f}–{max(rates):,.0f})",
-            f"{spent[name]:,.1f}",
-            f"{spent['online'] / spent[name]:.2f}",
-            f"{spent['reference'] / spent[name]:.2f}",
-            f"{flops[name] / 1e12:.3g}",
-            f"{flops[name] / spent[name] / 1e9:.3g}",
-            f"{peak / 1e9:.1f}",
-            f"{values[-1][2]:.4f}",
+            f"{middle:,.0f} ({least:,.0f}–{most:,.0f})",
+            f"{side['ms']:,.1f}",
+            f"{sides['online']['ms'] / side['ms']:.2f}",
+            f"{sides['reference']['ms'] / side['ms']:.2f}",
+            f"{side['tflop']:.3g}",
+            f"{1000 * side['tflop'] / side['ms']:.3g}",
+            f"{side['peak_gb']:.1f}" if side["peak_gb"] else "–",
+            f"{side['loss']:.4f}",
         ]
         print(f"| {name} | {' | '.join(cells)} |")
+    ratios = made["ratios"]
     print(
-        f"\nThe FLOPs allow cached {flops['online'] / flops['cached']:.2f} times online's speed and "
-        f"{flops['reference'] / flops['cached']:.2f} times reference's. Online and reference share the frozen weights "
-        f"with the teacher here; a teacher of its own adds {pair.shared / 1e9:.1f} GB to their peaks. Cached is given "
-        f"without the {pair.spare / 1e9:.2f} GB that only the teacher has. Mixers by {pair.ops.backend}."
+        f"\nThe FLOPs allow cached {ratios['FLOPs of online over cached']:.2f} times online's speed and "
+        f"{ratios['FLOPs of reference over cached']:.2f} times reference's. Online and reference share the frozen "
+        f"weights with the teacher here; a teacher of its own adds {pair.shared / 1e9:.1f} GB to their peaks. Cached "
+        f"is given without the {pair.spare / 1e9:.2f} GB that only the teacher has. Mixers by {pair.ops.backend}."
     )
+    print("\n| floor of a step | ms |\n|---|---|")
+    for name, spent in made["parts_ms"].items():
+        print(f"| {name} | {spent:,.1f} |")
+    print(
+        f"| these parts alone | {sum(made['parts_ms'].values()):,.1f} (step: {ratios['step over parts alone']:.2f}) |"
+    )
+    print(f"| products alone | {made['products_ms']:,.1f} (step: {ratios['step over products alone']:.2f}) |")
 
 
 def print_parts(pair: Pair, step: CachedStep, batches: Sequence[Batch]) -> None:
@@ -205,18 +271,31 @@ def print_parts(pair: Pair, step: CachedStep, batches: Sequence[Batch]) -> None:
         print(f"| {name} | {value / len(batches):,.1f} | {100 * value / whole:.0f} % |")
 
 
-def main() -> None:
-    """Prints the tables."""
+def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    """What the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_sizes(parser)
+    parser.add_argument("--layers", choices=get_args(Placement), default="even", help="which quarter is replaced")
+    parser.add_argument(
+        "--train", choices=("all", "mixers"), default="all", help="mixers and connector, or those alone"
+    )
     parser.add_argument("--tapped", type=float, default=0.05, help="share of the samples with taps")
     parser.add_argument("--steps", type=int, default=STEPS, help="a round")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--checkpointing", action="store_true", help="cached and online checkpoint stock layers, too")
-    parser.add_argument("--compile", action="store_true", help="compile the stock layers of both models")
-    given = parser.parse_args()
+    parser.add_argument("--eager", action="store_true", help="compile nothing")
+    parser.add_argument("--profile", type=Path, help="where to write a cached step's kernels and gaps (on a GPU)")
+    parser.add_argument("--syncs", action="store_true", help="list where a cached step makes the host wait (on a GPU)")
+    parser.add_argument("--json", type=Path, help="where to write all figures and ratios")
+    return parser.parse_args(given)
+
+
+def main(arguments_given: Sequence[str] | None = None) -> None:
+    """Prints the tables."""
+    given = arguments(arguments_given)
     device = torch.device("cpu" if given.small else "cuda")
-    pair = Pair(sizes_of(given), Worker(0, 1, device))
+    parts: Any = DEFAULT_PARTS if given.train == "all" else ("mixers",)
+    pair = Pair(sizes_of(given), Worker(0, 1, device), given.layers, parts)
     raw = raw_batches(pair, given.tapped, given.steps)
 
     def kept(step: Step) -> Step:
@@ -226,18 +305,46 @@ def main() -> None:
 
         return run
 
-    mine = CachedStep(pair)
+    mine, by_reference = CachedStep(pair), ReferenceStep(pair)
+
+    def eager(batch: Batch) -> Tensor:
+        with pair.eager():
+            return by_reference(batch)
+
     works = {"cached": (kept(mine), cached := cached_batches(pair, raw))}
     if pair.sizes.image:
         features = cached_batches(pair, raw, features=True)
         works["cached, with vision features"] = (kept(CachedStep(pair, features=True)), features)
-    works |= {"online": (kept(OnlineStep(pair)), raw), "reference": (ReferenceStep(pair), raw)}
+    works |= {"online": (kept(OnlineStep(pair)), raw), "reference": (eager, raw)}
+    # before anything is compiled, into which neither counting nor noting sees
     flops = {name: counted(step, [pair.moved(b) for b in batches]) for name, (step, batches) in works.items()}
-    if given.compile:  # after the counting, which does not see into compiled layers
+    with Products() as products:
+        for batch in cached:
+            mine(pair.moved(batch))
+    if not given.eager:
         pair.compile()
-    print_table(pair, flops, measure(pair, works, given.rounds))
+    found = measure(pair, works, given.rounds)
+    made = figures(pair, flops, found, *floors(pair, products, given.steps, given.rounds))
+    print_table(pair, made)
+    if given.json:
+        given.json.write_text(json.dumps(made | {"compiled": not given.eager}, indent=1) + "\n")
+    look_closer(pair, kept(mine), cached, given)
     with pair.checkpointed() if given.checkpointing else nullcontext():
         print_parts(pair, mine, cached)
+
+
+def look_closer(pair: Pair, step: Step, batches: Sequence[Batch], given: argparse.Namespace) -> None:
+    """What ``--profile`` and ``--syncs`` ask for, of steps without taps, as most are."""
+    plain = [pair.moved(batch) for batch in batches if not batch.totals.tapped]
+    if given.profile:
+        given.profile.write_text(describe(recorded_kernels(lambda: [step(batch) for batch in plain]), len(plain)))
+        print(f"\nkernels of {len(plain)} steps: {given.profile}")
+    if given.syncs:
+        with noted_waits() as waits:
+            step(plain[0])
+        print("\nThe host waits for the device in one step:")
+        for where, times in waits.most_common():
+            print(f"* {times} × {where}")
 
 
 if __name__ == "__main__":

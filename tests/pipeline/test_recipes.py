@@ -245,13 +245,23 @@ def test_zero_needs_steps_that_divide_over_the_workers(run_of: RunOf) -> None:
         run_of(placement={"distill": {"offload": True}})
 
 
-@pytest.mark.parametrize("option", ["activation_checkpointing", pytest.param("compile", marks=pytest.mark.slow)])
-def test_way_of_computing_changes_nothing_that_is_learnt(run_of: RunOf, option: str) -> None:
+# torch's own, of which it hides the first by another way of showing warnings
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("activation_checkpointing",),
+        pytest.param(("compile",), marks=pytest.mark.slow),  # compiles C++
+        pytest.param(("compile", "activation_checkpointing"), marks=pytest.mark.slow),  # twice
+    ],
+    ids="+".join,
+)
+def test_way_of_computing_changes_nothing_that_is_learnt(run_of: RunOf, options: tuple[str, ...]) -> None:
     phases = [{"kind": "distill", "steps": 3, "batch": 4, "lr": 1e-3}]
     curves = []
     for on in (False, True):
-        place = {"prepare": {"workers": 0}, "distill": {option: on}}
-        run = run_of(distill={"phases": phases, "artifact": f"{option}-{on}@1".lower()}, placement=place)
+        place = {"prepare": {"workers": 0}, "distill": dict.fromkeys(options, on)}
+        run = run_of(distill={"phases": phases, "artifact": f"way-{on}@1".lower()}, placement=place)
         if not on:
             make_cache(run)
         seen: list[dict[str, Any]] = []
