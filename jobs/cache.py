@@ -245,12 +245,16 @@ def features_row(index: int, features: Sequence[Features]) -> pa.Table:
     return pa.table({"shard": [index], **columns})
 
 
-def _features(row: pa.Table, samples: int) -> list[Features]:
+def features_of(row: pa.Table, samples: int) -> list[Features]:
     """What ``features_row`` added, by sample; arrays share the row's memory."""
     found: list[Features] = [{} for _ in range(samples)]
     numbers, names, dtypes, dims = (row[c][0].as_py() for c in ("sample", "name", "dtype", "dims"))
-    for number, name, dtype, shape, data in zip(numbers, names, dtypes, dims, row["data"][0], strict=True):
-        found[number][name] = np.frombuffer(data.as_buffer(), dtype).reshape(shape)
+    data = row["data"][0].values
+    _, ends, values = data.buffers()
+    ends = np.frombuffer(ends, np.int64)[data.offset :][: len(data) + 1]
+    # by the buffers: Arrow copies each of an array's values that is asked for, with the interpreter's lock held
+    for number, name, dtype, shape, start, end in zip(numbers, names, dtypes, dims, ends[:-1], ends[1:], strict=True):
+        found[number][name] = np.frombuffer(values[start:end], dtype).reshape(shape)
     return found
 
 
@@ -286,7 +290,7 @@ class TeacherActor:
         index = row["shard"][0].as_py()
         self.attempts.begin(index)
         samples = _read_samples(self.job, index)
-        prepared = list(map(PreparedSample, samples, _features(row, len(samples))))
+        prepared = list(map(PreparedSample, samples, features_of(row, len(samples))))
         columns = self.teacher.columns(self.device.submit(self.teacher.forward, prepared).result())
         write_shard(self.store, self.job.targets, self.teacher.table, index, columns, self.job.fingerprint)
         return pa.table({"shard": [index], "rows": [len(samples)]})

@@ -5,11 +5,10 @@ shard: in a session of its own, in the cluster (``--on auto``), and as a job of 
 rounds. Then the scaling: teachers that sleep instead of computing, one at a time as on a device, and otherwise do
 what teachers do (samples come in, a shard is committed), so that what is lost is the engine's. Efficiency is the
 sleep that the shards need over what passed, from the first shard to the last and from the start of the dataset.
-Prints tables, and all figures as JSON.
+Prints tables.
 """
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -17,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from jobs.demo.data import write_split
 from pipeline.store import Store
 from schemas.config import RunConfig
 from schemas.manifest import shard_name
+from tests.bench.result import Result, add_json, command, print_table
 from tests.conftest import tiny_model, tiny_settings
 from tests.nodes import Cluster, cluster, surroundings
 
@@ -73,9 +74,9 @@ def write_run(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _decant(folder: Path, environment: dict[str, str], *arguments: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "jobs.cli", arguments[0], "run.yaml", *arguments[1:]]
+    decant = [sys.executable, "-m", "jobs.cli", arguments[0], "run.yaml", *arguments[1:]]
     known = {**surroundings(), "PYTHONPATH": str(Path.cwd()), **environment}
-    return subprocess.Popen(command, cwd=folder, env=known, stdout=subprocess.DEVNULL)
+    return subprocess.Popen(decant, cwd=folder, env=known, stdout=subprocess.DEVNULL)
 
 
 def to_first_shard(folder: Path, nodes: Cluster, on: str) -> tuple[float, float]:
@@ -93,24 +94,23 @@ def to_first_shard(folder: Path, nodes: Cluster, on: str) -> tuple[float, float]
     return first, time.perf_counter() - began
 
 
-def overhead(folder: Path, nodes: Cluster, rounds: int) -> list[dict[str, Any]]:
+def overhead(folder: Path, nodes: Cluster, rounds: int) -> dict[str, dict[str, float]]:
     """Medians of rounds, the three ways in turn."""
     ways = {"local": "local", "auto": "auto", "http": nodes.url}
     found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way, on in ways.items():
             found[way].append(to_first_shard(folder, nodes, on))
-    return [
-        {
-            "on": way,
-            "first_shard_s": statistics.median(f for f, _ in seen),
-            "end_s": statistics.median(e for _, e in seen),
+    return {
+        way: {
+            "first shard s": statistics.median(f for f, _ in seen),
+            "end s": statistics.median(e for _, e in seen),
         }
         for way, seen in found.items()
-    ]
+    }
 
 
-def scaling(settings: dict[str, Any], workers: int, shards: int, sleep: float) -> dict[str, Any]:
+def scaling(settings: dict[str, Any], workers: int, shards: int, sleep: float) -> dict[str, float]:
     """One dataset over that many sleeping teachers, in the session that is running."""
     place = {**TEACHER, "workers": workers}
     run = RunConfig.model_validate({**settings, "placement": {**settings["placement"], "cache": place}})
@@ -120,32 +120,24 @@ def scaling(settings: dict[str, Any], workers: int, shards: int, sleep: float) -
         times.append(time.perf_counter())
     assert len(times) == shards
     return {
-        "workers": workers,
         "shards": shards,
-        "first_shard_s": times[0] - began,
+        "first shard s": times[0] - began,
         "seconds": times[-1] - began,
         # the first shards of all workers come at once
         "efficiency": (shards - workers) * sleep / workers / (times[-1] - times[0]),
-        "with_start": shards * sleep / workers / (times[-1] - began),
+        "with start": shards * sleep / workers / (times[-1] - began),
     }
 
 
-def table(rows: list[dict[str, Any]]) -> None:
-    """Prints the rows as Markdown."""
-    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()) + " |")
-    print(flush=True)
-
-
-def main() -> None:
-    """Prints the tables and the JSON."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--shards", type=int, default=40, help="a worker")
     parser.add_argument("--sleep", type=float, default=1.0, help="seconds a shard")
     parser.add_argument("--rounds", type=int, default=3)
-    given = parser.parse_args()
+    add_json(parser)
+    given = parser.parse_args(arguments)
     most = max(given.workers)
     with tempfile.TemporaryDirectory() as name:
         folder, names = Path(name), [f"teacher-{number}" for number in range(most)]
@@ -153,23 +145,30 @@ def main() -> None:
         environment = {"PYTHONPATH": str(Path.cwd()), SLEEP: str(given.sleep)}
         began = time.perf_counter()
         with cluster(*names, environment=environment) as nodes:
-            size = {n: round(node.memory() / 2**20) for n, node in nodes.nodes.items()}
-            start = {"nodes": 1 + most, "start_s": time.perf_counter() - began, "rss_mib": size}
+            size = {f"MiB of {n}": node.memory() / 2**20 for n, node in nodes.nodes.items()}
+            start = {"cluster": {"nodes": 1 + most, "start s": time.perf_counter() - began, **size}}
             ways = overhead(folder, nodes, given.rounds)
-            table(ways)
+            print_table(ways)
             os.environ.update({**nodes.access, "RAY_ADDRESS": nodes.address})
             scaled = scalings(settings, given)
-    table(scaled)
-    print(json.dumps({"cluster": start, "overhead": ways, "scaling": scaled}))
+    print_table(scaled)
+    ratios = {f"{side}: efficiency": figures["efficiency"] for side, figures in scaled.items()}
+    ratios |= {
+        f"{way} / local: first shard": f["first shard s"] / ways["local"]["first shard s"] for way, f in ways.items()
+    }
+    Result("cluster", command("cluster", arguments), {**start, **ways, **scaled}, ratios).write(given.json)
 
 
-def scalings(settings: dict[str, Any], given: argparse.Namespace) -> list[dict[str, Any]]:
+def scalings(settings: dict[str, Any], given: argparse.Namespace) -> dict[str, dict[str, float]]:
     """The scaling for every number of workers, in the cluster that the environment names."""
     from cluster.session import session
 
     jobs.cache.TeacherActor = SleepingTeacher  # type: ignore[assignment,misc]
     with session(join=True):
-        return [scaling(settings, workers, workers * given.shards, given.sleep) for workers in given.workers]
+        return {
+            f"{workers} sleeping": scaling(settings, workers, workers * given.shards, given.sleep)
+            for workers in given.workers
+        }
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ did not set the gains, averaged over seeds where the start is random. Zero outpu
 
 import argparse
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from pipeline.training.batches import CachedBatches
 from pipeline.training.loop import CALIBRATION_SAMPLES
 from schemas.runfile import load_run
 from schemas.sections import Init
+from tests.bench.result import Result, add_json, command
 
 SETTINGS = (
     "student.layers={ratio: 1.0}",
@@ -51,12 +53,13 @@ def error(attention: torch.nn.Module, init: Init, seed: int, fit: Pairs, held_ou
     return (missed / sum(float(a.square().sum()) for _, a in held_out)) ** 0.5
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_file", type=Path)
     parser.add_argument("--set", action="append", default=[], dest="overrides")
-    arguments = parser.parse_args()
+    add_json(parser)
+    arguments = parser.parse_args(given)
     run = load_run(arguments.run_file, [*arguments.overrides, *SETTINGS])
     for stage in ("prepare", "cache"):
         run_named(stage, run, Console(file=io.StringIO()))
@@ -68,15 +71,19 @@ def main() -> None:
     )
     taps = batches.first_taps(CALIBRATION_SAMPLES + MEASURED)
     print(f"| layer | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")
+    sides: dict[str, dict[str, float]] = {name: {} for name in COLUMNS}
     for layer in layers:
         pairs = [(sample[layer][0].float(), sample[layer][1].float()) for sample in taps]
         fit, held_out = pairs[:CALIBRATION_SAMPLES], pairs[CALIBRATION_SAMPLES:]
         attention = decoder(teacher).layers[layer].self_attn  # type: ignore[index, union-attr]
-        cells = []
-        for init, fitted in COLUMNS.values():
+        for name, (init, fitted) in COLUMNS.items():
             values = [error(attention, init, seed, fit if fitted else [], held_out) for seed in range(SEEDS)]
-            cells.append(f"{sum(values) / len(values):.3f}")
+            sides[name][f"layer {layer}"] = sum(values) / len(values)
+        cells = [f"{errors[f'layer {layer}']:.3f}" for errors in sides.values()]
         print(f"| {layer} | {' | '.join(cells)} |")
+    means = {name: sum(errors.values()) / len(errors) for name, errors in sides.items()}
+    ratios = {f"{name} / random": mean / means["random"] for name, mean in means.items() if name != "random"}
+    Result("initialisation", command("initialisation", given), sides, ratios).write(arguments.json)
 
 
 if __name__ == "__main__":

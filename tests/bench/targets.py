@@ -7,6 +7,7 @@ samples) and for the student's logits (position by position, so that nothing ave
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from pipeline.targets import SparseTargets, Targets, TopTargets, decode, encode,
 from schemas.config import FinalHiddenTargets, SampledTargets, TargetsConfig, TopKTargets
 from schemas.layers import LayerPlan
 from schemas.sections import Positions
+from tests.bench.result import Result, add_json, command
 
 TEACHER, CPU = "jobs/demo/teacher", torch.device("cpu")
 BATCH = 32
@@ -44,9 +46,9 @@ def angle(got: Tensor, exact: Tensor) -> tuple[float, float]:
 def renormalised(targets: TopTargets) -> SparseTargets:
     """What top-k without a tail amounts to: the kept probabilities made to sum to one."""
     share = targets.logprobs.softmax(-1)
-    rows = torch.arange(len(share)).repeat_interleave(share.shape[1])
-    zero = torch.zeros(len(share))
-    return SparseTargets(targets.ids.flatten(), share.flatten(), rows, zero)
+    count, k = share.shape
+    rows = torch.arange(count).repeat_interleave(k)
+    return SparseTargets(targets.ids.flatten(), share.flatten(), rows, torch.zeros(count), k * torch.arange(count + 1))
 
 
 class Chosen:
@@ -76,11 +78,13 @@ class Chosen:
         return decode(config, [row]), size / len(logits)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=128)
-    count = parser.parse_args().samples
+    add_json(parser)
+    given = parser.parse_args(arguments)
+    count, sides = given.samples, dict[str, dict[str, float]]()
     processor = load_processor(TEACHER)
     with tempfile.TemporaryDirectory() as folder:
         write_split(Path(folder) / "train.json", "train", count, 0)
@@ -131,6 +135,16 @@ def main() -> None:
             cells = [angle(g, e) for g, e in zip(gradients(loss, leaf), exact, strict=True)]
             shown = " | ".join(f"{degrees:.2f}°, {ratio:.3f}" for degrees, ratio in cells)
             print(f"| {kind} ({len(z)}) | {name} | {bytes_:.1f} | {shown} |", flush=True)
+            (by_parameters, norm), (by_logits, logits_norm) = cells
+            sides[f"{kind}: {name}"] = {
+                "bytes a position": bytes_,
+                "degrees, parameters": by_parameters,
+                "norm, parameters": norm,
+                "degrees, logits": by_logits,
+                "norm, logits": logits_norm,
+            }
+    ratios = {f"{name}: norm / exact": figures["norm, parameters"] for name, figures in sides.items()}
+    Result("targets", command("targets", arguments), sides, ratios).write(given.json)
 
 
 if __name__ == "__main__":
