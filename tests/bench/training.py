@@ -12,7 +12,6 @@ without a GPU, to see that it runs.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -20,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -39,6 +38,7 @@ from tests.bench.floor import Parts, Products, milliseconds
 from tests.bench.kernels import describe, noted_waits, recorded_kernels
 from tests.bench.online import OnlineStep, ReferenceStep
 from tests.bench.pair import Pair, add_sizes, sizes_of
+from tests.bench.result import Result, add_json, command
 
 STEPS, ROUNDS, REFERENCE_ROUNDS = 5, 5, 1
 # Threads that copy batches to the device, as in placement.distill.readers.
@@ -193,12 +193,6 @@ def figures(
         }
     spent = {name: side["ms"] for name, side in sides.items()}
     return {
-        "sizes": asdict(pair.sizes),
-        "replaced": pair.plan.replaced,
-        "trains": pair.parts,
-        "device": torch.cuda.get_device_name() if pair.device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "backend": pair.ops.backend,
         "sides": sides,
         "parts_ms": parts,
         "products_ms": products,
@@ -211,6 +205,18 @@ def figures(
             "step over products alone": spent["cached"] / products,
         },
     }
+
+
+def result(made: dict[str, Any], line: str) -> Result:
+    """The figures in the form of all benchmarks; what the sides are is in the command ``line``."""
+    sides: dict[str, Any] = {}
+    for name, side in made["sides"].items():
+        slowest, middle, fastest = side["tokens_per_second"]
+        rates = {"tokens/s": middle, "slowest": slowest, "fastest": fastest}
+        sides[name] = rates | {key: value for key, value in side.items() if key != "tokens_per_second"}
+    sides |= {f"alone: {name}": {"ms": spent} for name, spent in made["parts_ms"].items()}
+    sides["products alone"] = {"ms": made["products_ms"]}
+    return Result("training", line, sides, made["ratios"], "products alone")
 
 
 def _peak(pair: Pair, name: str, values: list[tuple[float, ...]]) -> float | None:
@@ -286,7 +292,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--eager", action="store_true", help="compile nothing")
     parser.add_argument("--profile", type=Path, help="where to write a cached step's kernels and gaps (on a GPU)")
     parser.add_argument("--syncs", action="store_true", help="list where a cached step makes the host wait (on a GPU)")
-    parser.add_argument("--json", type=Path, help="where to write all figures and ratios")
+    add_json(parser)
     return parser.parse_args(given)
 
 
@@ -326,8 +332,7 @@ def main(arguments_given: Sequence[str] | None = None) -> None:
     found = measure(pair, works, given.rounds)
     made = figures(pair, flops, found, *floors(pair, products, given.steps, given.rounds))
     print_table(pair, made)
-    if given.json:
-        given.json.write_text(json.dumps(made | {"compiled": not given.eager}, indent=1) + "\n")
+    result(made, command("training", arguments_given)).write(given.json)
     look_closer(pair, kept(mine), cached, given)
     with pair.checkpointed() if given.checkpointing else nullcontext():
         print_parts(pair, mine, cached)
