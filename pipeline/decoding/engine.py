@@ -80,9 +80,10 @@ class DecodingEngine:
         row if that is more than is needed now: batches of one size within it share a captured step.
         """
         prompts = embedded(self.model, inputs)
-        length = prompts.embeds.shape[1]
+        length = prompts.ids.shape[1]
         room = self._make_room(max(slots, length + new_tokens), prompts)
         self._read(prompts, room)
+        del prompts  # a picture's embeddings are not needed while the answer goes on
         waiting = _ToHost(room.token)
         for number in range(new_tokens):
             waiting.send(room.token)
@@ -94,7 +95,7 @@ class DecodingEngine:
         if self.room is None or not self.room.fits(slots, prompts.positions):
             self.room = None  # before there is another
             slots = max(slots, WARM_STEPS + 1)
-            cursor = Cursor(len(prompts.embeds), self.model.device)
+            cursor = Cursor(len(prompts.ids), self.model.device)
             cache = static_cache(self.model, cursor, slots) if self.follows else None
             self.room = Room(cursor, cache or DynamicCache(config=decoder(self.model).config), slots, prompts.positions)
             if self.static:
@@ -122,7 +123,7 @@ class DecodingEngine:
 
     def _read(self, prompts: Embedded, room: Room) -> None:
         """Reads the prompts into the room; leaves the first token after them there."""
-        batch, length, _ = prompts.embeds.shape
+        batch, length = prompts.ids.shape
         cursor = room.cursor
         cursor.first.copy_(prompts.first)
         cursor.padded = prompts.keep is not None
@@ -130,7 +131,7 @@ class DecodingEngine:
         for begin in range(0, length, piece):
             part = slice(begin, min(begin + piece, length))
             keep = None if prompts.keep is None else prompts.keep[:, part]
-            hidden = self._decoded(prompts.embeds[:, part], prompts.positions[..., part], room, keep)
+            hidden = self._decoded(prompts.part(self.model, part), prompts.positions[..., part], room, keep)
             cursor.seen = part.stop
         room.token.copy_(self._chosen(logits_head(self.model)(hidden[:, -1])))
         room.positions.copy_(prompts.positions[..., -1:] + 1)

@@ -24,14 +24,21 @@ LEAST_TOKENS, MASK_ELEMENTS = 2048, 2**28
 class Embedded:
     """Prompts as the decoder takes them.
 
-    ``embeds`` [B, L, D] and ``positions`` [B, L] or [axes, B, L]; ``keep`` [B, L] is 1 at real tokens, None where all
-    are; ``first`` [B] is the number of padding tokens before each.
+    ``ids`` [B, L], ``embeds`` [B, L, D] where images are among them, ``positions`` [B, L] or [axes, B, L]; ``keep``
+    [B, L] is 1 at real tokens, None where all are; ``first`` [B] is the number of padding tokens before each.
     """
 
-    embeds: Tensor
+    ids: Tensor
+    embeds: Tensor | None
     positions: Tensor
     keep: Tensor | None
     first: Tensor
+
+    def part(self, model: PreTrainedModel, where: slice) -> Tensor:
+        """Embeddings of these tokens; of text they are made here, since those of all take gigabytes."""
+        if self.embeds is not None:
+            return self.embeds[:, where]
+        return model.get_input_embeddings()(self.ids[:, where])
 
 
 class _ReachedError(Exception):
@@ -51,9 +58,10 @@ def embedded(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Embedded:
     if set(inputs) - {"input_ids", "attention_mask", "mm_token_type_ids"}:
         own = {} if has_image_positions(model.config) else {"position_ids": places}
         given = _decoder_inputs(model, {**inputs, **own})
-    embeds, positions = given["inputs_embeds"], given["position_ids"]
+    positions = given["position_ids"]
     return Embedded(
-        model.get_input_embeddings()(ids) if embeds is None else embeds,
+        ids,
+        given["inputs_embeds"],
         places if positions is None else positions,
         None if bool(mask.all()) else mask,
         (mask == 0).sum(-1),
