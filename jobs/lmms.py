@@ -25,14 +25,12 @@ from pipeline.data.collate import predicting_positions
 from pipeline.data.conversations import IMAGE, Conversation, Turn
 from pipeline.data.encoding import EncodedSample, Encoder
 from pipeline.data.processors import Aspect, load_processor
-from pipeline.folders import folder_config
 from pipeline.generation import Generation, Prompt, generate, model_batch
 from pipeline.hub import folder_of
 from pipeline.models import body, load_model, logits_head
-from pipeline.student import load_hybrid
+from pipeline.student import is_exported, load_hybrid
 from schemas.config import TeacherConfig, TemplateName
 from schemas.errors import ConfigInvalid, SampleInvalid, shown
-from schemas.hybrid import MODEL_TYPE
 from schemas.sections import Backend
 
 # lmms-eval's own models take this where a task names no length.
@@ -207,7 +205,7 @@ def _device(name: str | None) -> torch.device:
 
 def _load(teacher: TeacherConfig, dtype: torch.dtype, device: torch.device, backend: Backend) -> PreTrainedModel:
     folder = folder_of(teacher)
-    if folder_config(folder).get("model_type") == MODEL_TYPE:
+    if is_exported(folder):
         return load_hybrid(folder, dtype, device, backend)
     return load_model(teacher, dtype, device)
 

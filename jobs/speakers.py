@@ -10,14 +10,12 @@ import torch
 from transformers import PreTrainedModel
 
 from jobs.options import load
-from pipeline.folders import folder_config
 from pipeline.hub import folder_of
 from pipeline.models import load_model, pick_device
 from pipeline.stage import require
-from pipeline.student import load_hybrid
+from pipeline.student import is_exported, load_hybrid
 from schemas.config import TeacherConfig, TemplateName
 from schemas.errors import ConfigInvalid
-from schemas.hybrid import MODEL_TYPE
 from schemas.sections import Backend, Device
 
 Which = Literal["teacher", "student"]
@@ -58,7 +56,7 @@ def speaker(model: str, choices: Choices) -> Speaker:
     if choices.which or choices.overrides:
         raise ConfigInvalid(f"generate: --which and --set are for a run file (RUN.yaml); {model} is none")
     folder, backend = folder_of(model), choices.backend or "auto"
-    exported = folder_config(folder).get("model_type") == MODEL_TYPE
+    exported = is_exported(folder)
     made = partial(load_hybrid, folder, backend=backend) if exported else partial(load_model, model)
     device = _device(choices.device or "auto")
     who = "student" if exported else "teacher"

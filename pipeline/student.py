@@ -13,7 +13,7 @@ from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.folders import folder_digests
+from pipeline.folders import folder_config, folder_digests
 from pipeline.headers import metadata_of
 from pipeline.hub import folder_of
 from pipeline.initialise import initialise
@@ -98,6 +98,11 @@ def save_hybrid(model: PreTrainedModel, folder: str | Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
+
+
+def is_exported(folder: str) -> bool:
+    """Whether the folder holds an exported student, and not a teacher."""
+    return bool(folder_config(folder).get("model_type") == MODEL_TYPE)
 
 
 def load_hybrid(

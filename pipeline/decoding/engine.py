@@ -6,7 +6,6 @@ are; elsewhere it runs as it is. Tokens come to the host one step behind the dev
 """
 
 import functools
-import logging
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -21,7 +20,6 @@ from pipeline.models import decoder, logits_head
 from pipeline.ops.backends import step_ops
 from pipeline.ops.stepping import StepOps
 
-log = logging.getLogger("decant")
 # A captured step is tried as often before, so that everything that is made at first use is there.
 WARM_STEPS = 2
 # Kinds of rotary positions whose frequencies follow the length, which the host must look at.

@@ -8,7 +8,6 @@ one after the other on random values; the scan's own are kernels and are missing
 """
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
 from pipeline.models import body, connector, decoder
+from pipeline.roofline import settled
 from pipeline.surgery import mixers
 from tests.bench.pair import Pair
 
@@ -175,14 +175,7 @@ def milliseconds(work: Work, device: torch.device, rounds: int) -> float:
     """The median of the rounds, after some that warm up."""
     spent = []
     for _ in range(WARM_UPS + rounds):
-        _wait(device)
-        started = time.perf_counter()
+        started = settled(device)
         work()
-        _wait(device)
-        spent.append(1000 * (time.perf_counter() - started))
+        spent.append(1000 * (settled(device) - started))
     return statistics.median(spent[WARM_UPS:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()

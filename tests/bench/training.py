@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.models import body
+from pipeline.roofline import settled
 from pipeline.surgery import DEFAULT_PARTS
 from pipeline.training.batch import Batch, Copier, Sent
 from pipeline.training.engine import Worker
@@ -148,13 +149,10 @@ def timed(pair: Pair, step: Step, batches: Sequence[Batch]) -> tuple[float, floa
     cuda = pair.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-        torch.cuda.synchronize()
-    started = time.perf_counter()
+    started = settled(pair.device)
     losses = [step(batch) for batch in fed(pair.device, batches)]
     loss = float(torch.stack(losses).mean())  # waits for the device
-    if cuda:
-        torch.cuda.synchronize()
-    spent = 1000 * (time.perf_counter() - started) / len(batches)
+    spent = 1000 * (settled(pair.device) - started) / len(batches)
     return spent, float(torch.cuda.max_memory_allocated()) if cuda else float("nan"), loss
 
 

@@ -15,23 +15,19 @@ from jobs import contestants
 from jobs.bench import Asked, bench, engine_names, whole_numbers, write
 from jobs.bench_table import show
 from jobs.contestants import chosen, of_folders, of_run
-from jobs.stages import layer_plan, open_store
-from jobs.train import WEIGHTS
 from pipeline import roofline
 from pipeline.decoding import timing
 from pipeline.decoding.timing import Decoded
 from pipeline.meter import BenchSettings, Meter
-from pipeline.ops.opset import TORCH
 from pipeline.report.speed import memory_chart, speed_chart
 from pipeline.roofline import Footprint, KeptLayer, footprint
-from pipeline.stage import record_bytes
-from pipeline.student import build_student, load_hybrid, record_of, save_hybrid, trained_bytes
-from pipeline.surgery import mixers, trainable_names
-from schemas.artifacts import ArtifactRecord
+from pipeline.student import load_hybrid, save_hybrid
+from pipeline.surgery import mixers
 from schemas.config import RunConfig
 from schemas.errors import ConfigInvalid, MemoryExhausted
 from tests.decoders import MULTI_HEAD, build, hybrid
 from tests.jobs.test_cli import decant, refused
+from tests.students import finish_training, start_student
 
 CPU = torch.device("cpu")
 SETTINGS = BenchSettings((8,), (1,), ("decant",), new_tokens=3, repeats=1, dtype="float32")
@@ -121,19 +117,11 @@ def test_bench_needs_no_artifact_and_writes_none(run_file: Path, settings: dict[
 
 def test_finished_training_is_what_is_measured(run_of: Callable[..., RunConfig]) -> None:
     run = run_of(distill={"phases": [{"kind": "align", "steps": 1, "batch": 1}]})
-    teacher = run.teacher.path
     assert of_run(run, 0, random=False)[1].weights == "mimic start, not trained"
-    student = build_student(teacher, layer_plan(run), run.student.init, run.distill.seed, torch.float32, CPU, TORCH)
-    names = trainable_names(student, run.student.train)
+    student = start_student(run)
     with torch.no_grad():
         mixers(student)[0].out_proj.weight.fill_(0.125)
-    data = trained_bytes({n: student.get_parameter(n) for n in names}, record_of(student), run.student.train)
-    store, ref = open_store(run), run.ref("distill")
-    store.write(f"{ref}/{WEIGHTS}", data)
-    record = ArtifactRecord(
-        ref=str(ref), fingerprint="0", identity={}, result={}, provenance={}, config={}, files={}
-    ).sealed()
-    store.write(ref.record_path, record_bytes(record))
+    finish_training(run, student)
     found = of_run(run, 0, random=False)[1]
     assert found.weights == "distill/tiny@1"
     loaded = found.load(torch.float32, CPU)

@@ -20,23 +20,17 @@ from typer.testing import CliRunner
 
 from jobs import generate as job
 from jobs.cli import app
-from jobs.export import write_folder
 from jobs.speakers import Choices, speaker
-from jobs.stages import layer_plan, open_store
-from jobs.train import WEIGHTS
 from pipeline.data.conversations import Conversation, Turn
 from pipeline.data.encoding import Encoder
 from pipeline.data.processors import load_processor
 from pipeline.generation import Generation, Prompt, generate
 from pipeline.models import load_model
-from pipeline.ops.opset import TORCH
-from pipeline.stage import record_bytes
-from pipeline.student import build_student, load_hybrid, record_of, trained_bytes
-from pipeline.surgery import mixers, trainable_names
-from schemas.artifacts import ArtifactRecord
+from pipeline.student import load_hybrid
+from pipeline.surgery import mixers
 from schemas.config import RunConfig
-from schemas.layers import LayerPlan
 from tests.jobs.test_cli import refused
+from tests.students import export_student, finish_training, start_student
 from tests.teachers import write_teacher
 
 CPU = torch.device("cpu")
@@ -78,10 +72,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="module")
 def student(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exported student with mixers in two of four layers."""
-    folder = tmp_path_factory.mktemp("student")
-    model = build_student(str(tiny_teacher), LayerPlan(4, (1, 2)), "mimic", 0, torch.float32, CPU, TORCH)
-    write_folder(model, str(tiny_teacher), folder)
-    return folder
+    return export_student(tiny_teacher, tmp_path_factory.mktemp("student"))
 
 
 @pytest.fixture(scope="module")
@@ -262,19 +253,10 @@ def test_what_cut_the_answer_is_told(bytewise: Path, tiny_teacher: Path) -> None
 def trained(run_of: Make) -> tuple[RunConfig, PreTrainedModel]:
     """A run whose training is finished, and its student."""
     run = run_of()
-    model = build_student(
-        run.teacher.path, layer_plan(run), run.student.init, run.distill.seed, torch.float32, CPU, TORCH
-    )
-    names = trainable_names(model, run.student.train)
+    model = start_student(run)
     with torch.no_grad():
         mixers(model)[0].out_proj.weight.mul_(-3)
-    data = trained_bytes({n: model.get_parameter(n) for n in names}, record_of(model), run.student.train)
-    store, ref = open_store(run), run.ref("distill")
-    store.write(f"{ref}/{WEIGHTS}", data)
-    record = ArtifactRecord(
-        ref=str(ref), fingerprint="0", identity={}, result={}, provenance={}, config={}, files={}
-    ).sealed()
-    store.write(ref.record_path, record_bytes(record))
+    finish_training(run, model)
     return run, model
 
 

@@ -20,16 +20,14 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs.export import write_folder
 from pipeline.data.conversations import Conversation, Turn
 from pipeline.data.encoding import Encoder
 from pipeline.data.processors import load_processor
 from pipeline.generation import Generation, Prompt, generate, model_batch
 from pipeline.models import load_model
-from pipeline.ops.opset import TORCH
-from pipeline.student import build_student, load_hybrid
+from pipeline.student import load_hybrid
 from schemas.errors import ConfigInvalid, SampleInvalid
-from schemas.layers import LayerPlan
+from tests.students import export_student
 
 INSTALLED = importlib.util.find_spec("lmms_eval") is not None
 CPU = torch.device("cpu")
@@ -130,10 +128,7 @@ def prompts_of(adapter: ModuleType, encoder: Encoder, task: dict[str, Any]) -> l
 @pytest.fixture(scope="module")
 def student_folder(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exported student with mixers in two of four layers."""
-    folder = tmp_path_factory.mktemp("student")
-    student = build_student(str(tiny_teacher), LayerPlan(4, (1, 2)), "mimic", 0, torch.float32, CPU, TORCH)
-    write_folder(student, str(tiny_teacher), folder)
-    return folder
+    return export_student(tiny_teacher, tmp_path_factory.mktemp("student"))
 
 
 @pytest.mark.parametrize(("kind", "batch"), [("teacher", 1), ("student", 3)])
