@@ -92,7 +92,7 @@ def seen(workers: int, commits: dict[str, list[float]], busy: list[tuple[float, 
     """A stage whose shards have 100 tokens, from the seconds of each worker's commits."""
     noted = [{"process": p, "time": t, "gpu": p} for p, times in commits.items() for t in times]
     readings = [(0.5, "a", 0.0), (WARM + 0.5, "a", 0.9), (WARM + 0.5, "b", 0.0)]
-    return Seen(workers, 100, sorted(noted, key=lambda note: float(note["time"])), [], busy, readings, 0)
+    return Seen(workers, 100, sorted(noted, key=lambda note: float(note["time"])), [], [], busy, readings, 0)
 
 
 def test_what_counts_begins_with_the_last_warm_commit() -> None:

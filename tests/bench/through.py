@@ -27,6 +27,7 @@ import torch
 import jobs.cache
 from jobs.cache import CALLS, CacheJob, TeacherActor, decode_shard
 from pipeline.models import body
+from pipeline.shards import write_shard
 from schemas.manifest import shard_name
 
 # Shards of each worker before those that count: every call has computed and written one, and the device's plans for
@@ -105,6 +106,7 @@ class WatchedTeacher(TeacherActor):
         self.gpu = str(torch.cuda.get_device_properties(0).uuid) if self.clock.cuda else ""
         self.forward, self.inputs = self.teacher.forward, self.teacher.inputs
         self.teacher.forward, self.teacher.inputs = self._forward, self._inputs  # type: ignore[method-assign]
+        jobs.cache.write_shard = self._write
 
     def __call__(self, row: pa.Table) -> pa.Table:
         """As the teacher; notes the commit, and the spans that have passed."""
@@ -115,6 +117,11 @@ class WatchedTeacher(TeacherActor):
             _note(self.job, "commit", shard=done["shard"][0].as_py(), time=time.time(), gpu=self.gpu)
             _note(self.job, "busy", spans=[[self.clock.seconds(moment) for moment in span] for span in passed])
         return done
+
+    def _write(self, *arguments: Any) -> None:
+        started = time.perf_counter()
+        write_shard(*arguments)
+        _note(self.job, "write", seconds=time.perf_counter() - started)
 
     def _begin(self) -> None:
         """A batch's inputs are there."""
@@ -141,14 +148,15 @@ class WatchedTeacher(TeacherActor):
 class Seen:
     """What one run of the stage showed; what counts lies between the last warm commit and the last of all.
 
-    ``commits`` and ``decodes`` are notes, the commits in their order; ``busy`` when a device computed, ``smi`` the
-    readings of nvidia-smi, of all devices: shares of its period in which any kernel was there.
+    ``commits``, ``decodes`` and ``writes`` are notes, the commits in their order; ``busy`` when a device computed,
+    ``smi`` the readings of nvidia-smi, of all devices: shares of its period in which any kernel was there.
     """
 
     workers: int
     tokens: int
     commits: list[dict[str, Any]]
     decodes: list[dict[str, Any]]
+    writes: list[dict[str, Any]]
     busy: list[Span]
     smi: list[Reading]
     disk: int
@@ -197,6 +205,7 @@ class Seen:
             "nvidia-smi": self.smi_share,
             "decode ms a sample": 1000 * decode,
             "pixels MB a sample": statistics.median(d["bytes"] for d in self.decodes) / rows / 1e6,
+            "write s a shard": statistics.median(w["seconds"] for w in self.writes),
             "MB on disk": self.disk / 1e6,
         }
 
@@ -216,6 +225,7 @@ def through(job: CacheJob, count: int, tokens: int) -> Seen:
         tokens,
         sorted(notes(job, "commit"), key=lambda commit: float(commit["time"])),
         notes(job, "decode"),
+        notes(job, "write"),
         [(a, b) for note in notes(job, "busy") for a, b in note["spans"]],
         readings,
         sum(file.stat().st_size for file in folder.glob("shard-*")),
