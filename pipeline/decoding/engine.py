@@ -131,7 +131,7 @@ class DecodingEngine:
             keep = None if prompts.keep is None else prompts.keep[:, part]
             hidden = self._decoded(prompts.part(self.model, part), prompts.positions[..., part], room, keep)
             cursor.seen = part.stop
-        room.token.copy_(self._chosen(logits_head(self.model)(hidden[:, -1])))
+        self._choose(logits_head(self.model)(hidden[:, -1]), room)
         room.positions.copy_(prompts.positions[..., -1:] + 1)
         cursor.slot.fill_(length)
         cursor.stepping = self.static
@@ -150,9 +150,8 @@ class DecodingEngine:
         else:
             embeds = self.model.get_input_embeddings()(room.token)
             logits = room.fused.logits(embeds, room.positions, room.cache)
-        room.token.copy_(self._chosen(logits))
-        room.positions.add_(1)
-        room.cursor.slot.add_(1)
+        self._choose(logits, room)
+        torch._foreach_add_([room.positions, room.cursor.slot], 1)  # one kernel
         room.cursor.seen += 1
 
     def _logits_by_model(self, room: Room) -> Tensor:
@@ -173,13 +172,13 @@ class DecodingEngine:
             made = decoder(self.model)(**inputs, **padding, cursor=room.cursor, step_ops=self.ops)
         return made.last_hidden_state
 
-    def _chosen(self, logits: Tensor) -> Tensor:
-        """Tokens [B] of logits [B, V]."""
+    def _choose(self, logits: Tensor, room: Room) -> None:
+        """Makes tokens of logits [B, V] the room's."""
         if self.temperature == 0:
-            return logits.argmax(-1)
+            return self.ops.argmax(logits, room.token)
         # the largest of the log-probabilities with Gumbel noise is a draw (Gumbel 1954); nothing waits for the host
         noise = torch.empty_like(logits, dtype=torch.float32).exponential_().log_()
-        return (logits.float() / self.temperature - noise).argmax(-1)
+        return self.ops.argmax(logits.float() / self.temperature - noise, room.token)
 
 
 @functools.cache

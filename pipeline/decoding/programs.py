@@ -1,8 +1,8 @@
 """A decoding step of whole layers by a few fused operations, for the decoders whose layers are known here.
 
-Phi's block, whose attention and MLP read one norm and add to one residual, is three operations; Llama's and its kin's,
-where one follows the other, five. A mixer takes attention's place in either. Other decoders step through their own
-code. Shapes: B rows, D hidden size, R rotated dimensions, V vocabulary.
+Phi's block, whose attention and MLP read one norm and add to one residual, is two operations, the second of which makes
+what the next block reads; Llama's and its kin's, where one follows the other, three. A mixer takes attention's place in
+either. Other decoders step through their own code. Shapes: B rows, D hidden size, R rotated dimensions, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,6 +41,14 @@ class TokenMixer:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What a part of the model reads of the residual: projections of its norm."""
+
+    norm: Norm
+    parts: tuple[Projection, ...]
+
+
+@dataclass(frozen=True)
 class Layer:
     """A decoder layer as operations; ``middle`` is the norm before the MLP, None where both read the first one."""
 
@@ -50,37 +58,47 @@ class Layer:
     rise: Projection
     fall: nn.Linear
 
-    def step(self, ops: StepOps, x_BD: Tensor, rotary: Rotary, place: Any) -> Tensor:
-        """The layer's output [B, D]; keys and values or the state at ``place`` change."""
-        parts = self.mixer.parts if self.middle else (*self.mixer.parts, self.rise)
-        projected = ops.project(x_BD, self.norm, parts)
-        mixed = _term(self.mixer.run(projected[: len(self.mixer.parts)], rotary, place), self.mixer.output)
+    @property
+    def reading(self) -> Reading:
+        """What the layer begins with."""
+        return Reading(self.norm, self.mixer.parts if self.middle else (*self.mixer.parts, self.rise))
+
+    def step(
+        self, ops: StepOps, x_BD: Tensor, read: list[Tensor], rotary: Rotary, place: Any, following: Reading
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The layer's output [B, D] of x, of which it ``read`` its projections, and what the following part reads.
+
+        Keys and values or the state at ``place`` change.
+        """
+        mixed = _term(self.mixer.run(read[: len(self.mixer.parts)], rotary, place), self.mixer.output)
         if self.middle is None:
-            return ops.reduce(x_BD, (mixed, _term(projected[-1], self.fall)))
-        x_BD = ops.reduce(x_BD, (mixed,))
-        (risen,) = ops.project(x_BD, self.middle, (self.rise,))
-        return ops.reduce(x_BD, (_term(risen, self.fall),))
+            return ops.advance(x_BD, (mixed, _term(read[-1], self.fall)), following.norm, following.parts)
+        x_BD, (risen,) = ops.advance(x_BD, (mixed,), self.middle, (self.rise,))
+        return ops.advance(x_BD, (_term(risen, self.fall),), following.norm, following.parts)
 
 
 class FusedDecoder:
     """A model's step, from a token's embedding to its logits."""
 
     def __init__(self, model: PreTrainedModel, ops: StepOps, layers: Sequence[Layer], slots: int) -> None:
-        self.model, self.ops, self.layers = model, ops, layers
+        self.ops, self.layers = ops, layers
         inner: Any = decoder(model)
         # once for all positions that there is room for: ten small kernels that no step has to start
         places, like = torch.arange(slots, device=model.device)[None], inner.embed_tokens.weight
-        self.cos, self.sin = (table[0] for table in inner.rotary_emb(like, position_ids=places))
-        self.norm = _norm(inner.final_layernorm if isinstance(inner.layers[0], PhiDecoderLayer) else inner.norm)
+        self.rotary = torch.cat([table[0] for table in inner.rotary_emb(like, position_ids=places)], -1)
+        norm = _norm(inner.final_layernorm if isinstance(inner.layers[0], PhiDecoderLayer) else inner.norm)
+        linear = head(model)
+        self.readings = [layer.reading for layer in layers]
+        self.readings.append(Reading(norm, (Projection(linear.weight, linear.bias),)))
 
     def logits(self, embeds_BD: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """[B, V] of embeddings [B, D] at positions [B, 1]."""
-        rotary, x = (F.embedding(positions[:, 0], self.cos), F.embedding(positions[:, 0], self.sin)), embeds_BD
-        for layer, place in zip(self.layers, cache.layers, strict=True):
-            x = layer.step(self.ops, x, rotary, place)
-        linear = head(self.model)
-        (logits,) = self.ops.project(x, self.norm, (Projection(linear.weight, linear.bias),))
-        return logits
+        cos, sin = F.embedding(positions[:, 0], self.rotary).chunk(2, -1)
+        x, first = embeds_BD, self.readings[0]
+        read = self.ops.project(x, first.norm, first.parts)
+        for layer, place, following in zip(self.layers, cache.layers, self.readings[1:], strict=True):
+            x, read = layer.step(self.ops, x, read, (cos, sin), place, following)
+        return read[0]
 
 
 def fused_decoder(model: PreTrainedModel, ops: StepOps, cursor: Cursor, slots: int) -> FusedDecoder | None:

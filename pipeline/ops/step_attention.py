@@ -103,10 +103,10 @@ def _attended(
 
 @triton.jit
 def attend_splits(
-    q, k, v, cos, sin, keys, values, position, first, out, bests, totals, parts, slots, scale, softcap: tl.constexpr,
-    WINDOW: tl.constexpr, GROUPS: tl.constexpr, REPEAT: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
-    DIM: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    q, k, v, cos, sin, cos_row, sin_row, keys, values, position, first, out, bests, totals, parts, slots, scale,
+    softcap: tl.constexpr, WINDOW: tl.constexpr, GROUPS: tl.constexpr, REPEAT: tl.constexpr, M: tl.constexpr,
+    D: tl.constexpr, DIM: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One split of one key-value head of one sequence, for its ``REPEAT`` queries."""
     group, split = tl.program_id(0), tl.program_id(1)
@@ -120,8 +120,8 @@ def attend_splits(
     if WINDOW is not None:
         low = tl.maximum(low, here - WINDOW + 1)
     if R > 0:
-        cos += batch * R
-        sin += batch * R
+        cos += batch * cos_row
+        sin += batch * sin_row
     query = _rotated(q + group * REPEAT * D, row, dim, cos, sin, inside, D, R)
     high = here + 1 if k is None else here
     length = tl.cdiv(tl.cdiv(high - low, SPLITS), SLOTS) * SLOTS
@@ -195,13 +195,14 @@ def attend(
     bests, totals = (_partial(out, splits, batch * heads) for _ in range(2))
     parts = _partial(out, splits, batch * heads, size)
     q, k, v = (None if t is None else t.contiguous() for t in (q_BHD, k_BGD, v_BGD))
-    cos, sin = (None, None) if rotary is None else (t.contiguous() for t in rotary)
+    angles = (None, None, 0, 0) if rotary is None else (*rotary, *(t.stride(0) for t in rotary))
+    assert rotary is None or all(t.stride(1) == 1 for t in rotary), "a row's angles lie beside each other"
     shape = {"D": size, "DIM": max(DOT, triton.next_power_of_2(size)), "SPLITS": splits}
     layout = {"GROUPS": groups, "REPEAT": heads // groups, "R": 0 if rotary is None else rotary[0].shape[-1]}
     layout["M"] = max(DOT, triton.next_power_of_2(heads // groups))
     launch = {"PDL": pdl, "launch_pdl": pdl}
     attend_splits[(batch * groups, splits)](
-        q, k, v, cos, sin, keys_BGSD, values_BGSD, position, first_B, out, bests, totals, parts, slots, scale, softcap,
+        q, k, v, *angles, keys_BGSD, values_BGSD, position, first_B, out, bests, totals, parts, slots, scale, softcap,
         WINDOW=window, SLOTS=tile.slots, STAGES=tile.stages, num_warps=tile.warps, **shape, **layout, **launch,
     )  # fmt: skip
     if splits > 1:

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from pipeline.ops import step_attention, step_mixer, step_project, step_reduce
+from pipeline.ops import step_argmax, step_attention, step_mixer, step_project
 from pipeline.ops.stepping import StepOps
 
 # The first capability with programmatic dependent launch.
@@ -24,5 +24,6 @@ def kernels(pdl: bool | None = None) -> StepOps:
         attend=partial(step_attention.attend, pdl=pdl),
         mix=partial(step_mixer.mix, pdl=pdl),
         project=partial(step_project.project, pdl=pdl),
-        reduce=partial(step_reduce.reduce, pdl=pdl),
+        advance=partial(step_project.advance, pdl=pdl),
+        argmax=partial(step_argmax.argmax, pdl=pdl),
     )

@@ -5,6 +5,8 @@ short windows, of x, B and C; where heads share x and B, one head's program must
 reads, so a second, small kernel moves all of them afterwards.
 """
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,8 +14,10 @@ from torch import Tensor
 from pipeline.ops.step_device import release, silu, softplus, wait
 from pipeline.ops.stepping import MixerWeights
 
-# Of a program: more wait for each other longer than they compute (H200: 4, 8 and 16 take 37, 61 and 132 µs at 64 rows).
+# Of a program: more wait for each other longer than they compute.
 WARPS = 4
+# Columns of a state's tile: 16 floats are 64 bytes of a row, and four threads have a row between them.
+PIECE = 16
 SHIFT_BLOCK = 1024
 
 
@@ -57,10 +61,14 @@ def _head_norm(value, weight, at, eps, inside, SIZE: tl.constexpr):
 @triton.jit
 def mix_heads(
     projected, conv_weight, conv_bias, a, d, dt_bias, norm, b_norm, c_norm, conv, state, out, eps,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
-    PDL: tl.constexpr,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
+    WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The token's output [SIZE] of one head of one sequence, and the head's next state [SIZE, SIZE]."""
+    """The token's output [SIZE] of one head of one sequence, and the head's next state [SIZE, SIZE].
+
+    The state comes in tiles of all rows and ``PIECE`` columns. Threads that hold some of a row make what the row needs
+    each for itself, and add up what they have of it: of a tile as wide as the state 32 would, of these 4.
+    """
     release(PDL)
     head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     INNER: tl.constexpr = HEADS * SIZE
@@ -71,14 +79,17 @@ def mix_heads(
     at = tl.arange(0, BLOCK)
     inside = at < SIZE
     projected += batch * (INNER + CHANNELS + HEADS)
-    states = state + (batch * HEADS + head) * SIZE * SIZE + at[:, None] * SIZE + at[None, :]
-    both = inside[:, None] & inside[None, :]
+    states = state + (batch * HEADS + head) * SIZE * SIZE + at[:, None] * SIZE + tl.arange(0, PIECE)[None, :]
+    PIECES: tl.constexpr = SIZE // PIECE
     decay, skip = tl.load(a + head), tl.load(d + head)
     step_bias = tl.load(dt_bias + head)
     fed, window = projected + INNER, conv + batch * (WIDTH - 1) * CHANNELS
     x_at, b_at, c_at = group * SIZE + at, COMPACT + group * SIZE + at, 2 * COMPACT + head * SIZE + at
     # state and window are the last step's, and between steps there is always a kernel that does not start early
-    before = tl.load(states, mask=both, other=0.0)
+    before = ()
+    for i in tl.static_range(PIECES):
+        held = tl.load(states + i * PIECE, mask=inside[:, None], other=0.0)
+        before = before + (held,)  # type: ignore[assignment]  # noqa: RUF005
     x_sum, x_tap = _remembered(window, conv_weight, conv_bias, x_at, inside, CHANNELS, WIDTH)
     b_sum, b_tap = _remembered(window, conv_weight, conv_bias, b_at, inside, CHANNELS, WIDTH)
     c_sum, c_tap = _remembered(window, conv_weight, conv_bias, c_at, inside, CHANNELS, WIDTH)
@@ -88,14 +99,18 @@ def mix_heads(
     c = _convolved(c_sum, c_tap, fed, c_at, inside)
     b, c = _head_norm(b, b_norm, at, eps, inside, SIZE), _head_norm(c, c_norm, at, eps, inside, SIZE)
     dt = softplus(tl.load(projected + INNER + CHANNELS + head).to(tl.float32) + step_bias)
-    after = before * tl.exp(dt * decay) + (dt * x)[:, None] * b[None, :]
+    decay, product = tl.exp(dt * decay), tl.zeros([BLOCK, PIECE], tl.float32)
     tl.debug_barrier()  # small states are held by several threads: all have read before one writes
-    tl.store(states, after, mask=both)
+    for i in tl.static_range(PIECES):
+        column = i * PIECE + tl.arange(0, PIECE)
+        after = before[i] * decay + (dt * x)[:, None] * tl.gather(b, column, 0)[None, :]
+        tl.store(states + i * PIECE, after, mask=inside[:, None])
+        product += after * tl.gather(c, column, 0)[None, :]
     if REPEAT == 1:
         _shift(fed, window, x_at, inside, CHANNELS, WIDTH)
         _shift(fed, window, b_at, inside, CHANNELS, WIDTH)
         _shift(fed, window, c_at, inside, CHANNELS, WIDTH)
-    y = tl.sum(after * c[None, :], 1) + skip * x
+    y = tl.sum(product, 1) + skip * x
     z = tl.load(projected + head * SIZE + at, mask=inside, other=0.0).to(tl.float32)
     y = _head_norm(y * silu(z), norm + head * SIZE, at, eps, inside, SIZE)
     tl.store(out + batch * INNER + head * SIZE + at, y.to(out.dtype.element_ty), mask=inside)
@@ -122,6 +137,7 @@ def mix(projected_BW: Tensor, weights: MixerWeights, conv_BTC: Tensor, state_BHP
     launch = {"WIDTH": width, "PDL": pdl, "launch_pdl": pdl}
     shape = {"HEADS": dims.heads, "GROUPS": dims.kv_heads, "SIZE": dims.head_dim}
     shape["BLOCK"] = triton.next_power_of_2(dims.head_dim)
+    shape["PIECE"] = math.gcd(PIECE, dims.head_dim)
     norms = (weights.b_norm, weights.c_norm)
     mix_heads[(dims.heads, rows)](
         projected_BW, *tensors, *norms, conv_BTC, state_BHPN, out, dims.eps, **shape, **launch, num_warps=WARPS

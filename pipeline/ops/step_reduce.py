@@ -1,4 +1,4 @@
-"""``reduce`` of a decoding step in Triton: products of several inputs added to the residual, in one launch.
+"""``advance``'s first half in Triton: products of several inputs added to the residual, in one launch.
 
 One sequence: each program goes through all terms of ``n`` outputs. Several: each sums over one chunk of one term by
 tensor cores, because outputs alone are too few to fill a device, and a second kernel adds the chunks in a fixed order.
@@ -21,17 +21,17 @@ from pipeline.ops.step_products import (
     block_starts,
     dot_rows,
     launch_options,
+    number_of_part,
+    of_part,
     padded_rows,
     tile_of,
 )
 from pipeline.ops.stepping import Term
 
 # As `project`'s, for longer rows.
-REDUCE_ROW = Tile(n=2, k=4096, warps=4)
-REDUCE_ROWS = Tile(n=32, k=256, warps=4, stages=3)
-REDUCE_MANY = Tile(n=64, k=64, warps=4, stages=4)
-# Inputs that one program sums over, for several sequences; a multiple of the tile's k.
-CHUNK = 1280
+REDUCE_ROW = Tile(n=4, k=2048, warps=4)
+REDUCE_ROWS = Tile(n=64, k=128, warps=4, stages=4, chunk=2560)
+REDUCE_MANY = Tile(n=64, k=64, warps=4, stages=5, chunk=2560)
 SUM_BLOCK = 512
 
 
@@ -70,13 +70,12 @@ def reduce_rows(
     """Sums [chunks, B, N] over ``CHUNK`` inputs of one term each; chunks from ``STARTS[j]`` on belong to term j."""
     release(PDL)
     row, batch, chunk = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, M), tl.program_id(1)
-    for j in tl.static_range(len(weights)):
-        if (chunk >= STARTS[j]) & (chunk < STARTS[j + 1]):
-            begin = (chunk - STARTS[j]) * CHUNK
-            end = tl.minimum(begin + CHUNK, SIZES[j])
-            y = dot_rows(xs[j], weights[j], row, begin, end, B, N, SIZES[j], M, BLOCK_N, BLOCK_K, STAGES, PDL)
-            at = (chunk * B + batch)[:, None] * N + row[None, :]
-            tl.store(sums + at, y, mask=(batch < B)[:, None] & (row < N)[None, :])
+    x, weight, size = of_part(xs, chunk, STARTS), of_part(weights, chunk, STARTS), number_of_part(SIZES, chunk, STARTS)
+    begin = (chunk - number_of_part(STARTS, chunk, STARTS)) * CHUNK
+    end = tl.minimum(begin + CHUNK, size)
+    y = dot_rows(x, weight, row, begin, end, B, N, size, M, BLOCK_N, BLOCK_K, STAGES, PDL)
+    at = (chunk * B + batch)[:, None] * N + row[None, :]
+    tl.store(sums + at, y, mask=(batch < B)[:, None] & (row < N)[None, :])
 
 
 @triton.jit
@@ -96,35 +95,48 @@ def add_sums(
     tl.store(out + batch * N + row, y.to(out.dtype.element_ty), mask=row < N)
 
 
-def reduce(residual_BN: Tensor, parts: Sequence[Term], pdl: bool) -> Tensor:
-    """As ``stepping.reduce``; more than ``ROWS`` rows are torch's."""
+def reduce(residual_BN: Tensor, terms: Sequence[Term], pdl: bool) -> Tensor:
+    """``residual + Σ_j (x_j W_j^T + b_j)`` [B, N]; more than ``ROWS`` rows are torch's."""
     rows, size = residual_BN.shape
     if rows > ROWS:
-        return _torch_reduce(residual_BN, parts)
-    residual_BN, xs = residual_BN.contiguous(), tuple(p.x.contiguous() for p in parts)
-    weights, biases, sizes = tuple(p.weight for p in parts), tuple(p.bias for p in parts), tuple(x.shape[1] for x in xs)
+        return _torch_reduce(residual_BN, terms)
+    residual_BN, biases = residual_BN.contiguous(), tuple(t.bias for t in terms)
     out = torch.empty_like(residual_BN)
-    tile = REDUCE_ROW if rows == 1 else REDUCE_ROWS if rows <= TENSOR_ROWS else REDUCE_MANY
-    launch: dict[str, Any] = {"N": size, "SIZES": sizes, "BLOCK_N": tile.n, "BLOCK_K": tile.columns(out)}
-    launch |= launch_options(tile.warps, pdl)
-    blocks = triton.cdiv(size, tile.n)
     if rows == 1:
-        reduce_row[(blocks,)](residual_BN, xs, weights, biases, out, **launch)
+        grid, held, launch = _launch(terms, REDUCE_ROW, pdl)
+        reduce_row[grid](residual_BN, *held, biases, out, **launch)
         return out
-    starts = block_starts(sizes, CHUNK)
-    sums = torch.empty(starts[-1], rows, size, dtype=torch.float32, device=out.device)
-    tiles = {"STARTS": starts, "CHUNK": CHUNK, "M": padded_rows(rows), "STAGES": tile.stages}
-    reduce_rows[(blocks, starts[-1])](xs, weights, sums, rows, **tiles, **launch)
-    grid = (rows, triton.cdiv(size, SUM_BLOCK))
-    add_sums[grid](
-        residual_BN, sums, biases, out, rows,
-        N=size, TERMS=len(biases), CHUNKS=starts[-1], BLOCK=SUM_BLOCK, **launch_options(4, pdl),
-    )  # fmt: skip
+    sums = chunk_sums(terms, pdl)
+    shape = {"N": size, "TERMS": len(biases), "CHUNKS": len(sums), "BLOCK": SUM_BLOCK}
+    add_sums[(rows, triton.cdiv(size, SUM_BLOCK))](
+        residual_BN, sums, biases, out, rows, **shape, **launch_options(4, pdl)
+    )
     return out
 
 
-def _torch_reduce(residual_BN: Tensor, parts: Sequence[Term]) -> Tensor:
-    for part in parts:
-        base = residual_BN if part.bias is None else residual_BN + part.bias
-        residual_BN = torch.addmm(base, part.x, part.weight.t())
+def chunk_sums(terms: Sequence[Term], pdl: bool) -> Tensor:
+    """Of up to ``ROWS`` rows the products of each chunk of the terms' inputs [chunks, B, N], in float32."""
+    rows = len(terms[0].x)
+    tile = REDUCE_ROWS if rows <= TENSOR_ROWS else REDUCE_MANY
+    grid, held, launch = _launch(terms, tile, pdl)
+    starts = block_starts(launch["SIZES"], tile.chunk)
+    sums = torch.empty(starts[-1], rows, launch["N"], dtype=torch.float32, device=held[0][0].device)
+    tiles = {"STARTS": starts, "CHUNK": tile.chunk, "M": padded_rows(rows), "STAGES": tile.stages}
+    reduce_rows[(*grid, starts[-1])](*held, sums, rows, **tiles, **launch)
+    return sums
+
+
+def _launch(terms: Sequence[Term], tile: Tile, pdl: bool) -> tuple[tuple[int], list[Any], dict[str, Any]]:
+    """Programs for the outputs, inputs and weights, and the options."""
+    xs, weights = tuple(t.x.contiguous() for t in terms), tuple(t.weight for t in terms)
+    size = len(weights[0])
+    launch = {"N": size, "SIZES": tuple(x.shape[1] for x in xs), "BLOCK_N": tile.n, "BLOCK_K": tile.columns(xs[0])}
+    launch |= launch_options(tile.warps, pdl)
+    return (triton.cdiv(size, tile.n),), [xs, weights], launch
+
+
+def _torch_reduce(residual_BN: Tensor, terms: Sequence[Term]) -> Tensor:
+    for term in terms:
+        base = residual_BN if term.bias is None else residual_BN + term.bias
+        residual_BN = torch.addmm(base, term.x, term.weight.t())
     return residual_BN

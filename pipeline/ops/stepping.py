@@ -1,9 +1,10 @@
 """The operations of one decoding step, in plain torch: what they mean, on any device and in any type.
 
-A step takes one new token of each sequence through a layer: ``project`` (norm and every product of it), ``attend`` or
-``mix``, ``reduce`` (products added to the residual). ``PLAIN`` is the truth that kernels are compared with. All
-arithmetic is float32 or wider and each result is rounded once; a model's own layers round to its type in between.
-Nothing here asks the device for a value, so all of it can be captured in a CUDA graph.
+A step takes one new token of each sequence through its layers: ``project`` (norm and every product of it), ``attend``
+or ``mix``, ``advance`` (products added to the residual, and the next ``project`` of it); in the end ``argmax``.
+``PLAIN`` is the truth that kernels are compared with. All arithmetic is float32 or wider and each result is rounded
+once; a model's own layers round to its type in between. Nothing here asks the device for a value, so all of it can be
+captured in a CUDA graph.
 
 Shapes: B sequences, K and N inputs and outputs of a product, H heads, G key-value heads, D head dimension, S slots of
 a cache, R rotated dimensions, I inner size (H · D), C channels of a mixer's convolution, T its width - 1, P and N the
@@ -65,7 +66,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class Term:
-    """``x W^T + b`` of ``reduce``: x [B, K], weight [N, K], bias [N]."""
+    """``x W^T + b`` of ``advance``: x [B, K], weight [N, K], bias [N]."""
 
     x: Tensor
     weight: Tensor
@@ -103,12 +104,13 @@ class MixerWeights:
 
 @dataclass(frozen=True)
 class StepOps:
-    """A step's four operations; each means what the function of that name in this module does."""
+    """A step's five operations; each means what the function of that name in this module does."""
 
     attend: Callable[..., Tensor]
     mix: Callable[[Tensor, MixerWeights, Tensor, Tensor], Tensor]
     project: Callable[[Tensor, Norm | None, Sequence[Projection]], list[Tensor]]
-    reduce: Callable[[Tensor, Sequence[Term]], Tensor]
+    advance: Callable[[Tensor, Sequence[Term], Norm | None, Sequence[Projection]], tuple[Tensor, list[Tensor]]]
+    argmax: Callable[[Tensor, Tensor], None]
 
 
 def project(x_BK: Tensor, norm: Norm | None, parts: Sequence[Projection]) -> list[Tensor]:
@@ -133,12 +135,15 @@ def activated(value: Tensor, activation: Activation | None) -> Tensor:
     return value if activation is None else _ACTIVATIONS[activation](value)
 
 
-def reduce(residual_BN: Tensor, parts: Sequence[Term]) -> Tensor:
-    """``residual + Σ_j (x_j W_j^T + b_j)`` [B, N], in the residual's type."""
+def advance(
+    residual_BN: Tensor, terms: Sequence[Term], norm: Norm | None, parts: Sequence[Projection]
+) -> tuple[Tensor, list[Tensor]]:
+    """``residual + Σ_j (x_j W_j^T + b_j)`` [B, N] in the residual's type, and what ``project`` makes of it."""
     total = _wide(residual_BN)
-    for part in parts:
-        total = total + _linear(_wide(part.x), part.weight, part.bias)
-    return total.to(residual_BN.dtype)
+    for term in terms:
+        total = total + _linear(_wide(term.x), term.weight, term.bias)
+    added = total.to(residual_BN.dtype)
+    return added, project(added, norm, parts)
 
 
 def attend(
@@ -205,7 +210,12 @@ def mix(projected_BW: Tensor, weights: MixerWeights, conv_BTC: Tensor, state_BHP
     return normed.to(projected_BW.dtype)
 
 
-PLAIN = StepOps(attend, mix, project, reduce)
+def argmax(logits_BV: Tensor, out_B: Tensor) -> None:
+    """Writes where each row's greatest logit stands, the first of equals, into int64 ``out``."""
+    torch.argmax(logits_BV, -1, out=out_B)
+
+
+PLAIN = StepOps(attend, mix, project, advance, argmax)
 
 
 def _projected(x: Tensor, part: Projection) -> Tensor:

@@ -13,6 +13,7 @@ from schemas.hybrid import MixerDims
 
 LAYERS = 32
 Run = Callable[[StepOps], list[Tensor]]
+Reading = tuple[Norm | None, Sequence[Projection]]
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def reduce_case(make: Maker, shape: Shape, batch: int, sizes: Sequence[int]) -> 
         return [out]
 
     moved = 2 * _bytes(residual) + sum(_bytes(t.x, t.weight, t.bias) for t in terms)
-    return Case(lambda ops: [ops.reduce(residual, terms)], torch_way, moved, rows=batch)
+    return Case(lambda ops: [ops.advance(residual, terms, None, ())[0]], torch_way, moved, rows=batch)
 
 
 class Cache:
@@ -166,9 +167,13 @@ def mix_case(make: Maker, shape: Shape, batch: int) -> Case:
 
 @dataclass(frozen=True)
 class Layer:
-    """A whole layer, with attention or mixer; its bytes and the states that it changes."""
+    """A whole layer, with attention or mixer; what it reads of the residual, its bytes and the states it changes.
 
-    run: Callable[[StepOps, Tensor], Tensor]
+    ``run`` makes of the residual, and of what the layer read of it, the next residual and what is read of that.
+    """
+
+    run: Callable[[StepOps, Tensor, list[Tensor], Reading], tuple[Tensor, list[Tensor]]]
+    reading: Reading
     moved: int
     states: tuple[Tensor, ...]
 
@@ -193,14 +198,14 @@ def chain_layer(make: Maker, shape: Shape, batch: int, context: int, kind: str) 
             return ops.mix(projected[0], weights, conv, state)
         return cache.attend(ops, *projected[:3])
 
-    def layer(ops: StepOps, x: Tensor) -> Tensor:
-        if shape.gated:
-            x = ops.reduce(x, [Term(sequence(ops, ops.project(x, norm, parts)), out)])
-            return ops.reduce(x, [Term(ops.project(x, norm, [mlp])[0], down)])
-        projected = ops.project(x, norm, [*parts, mlp])
-        return ops.reduce(x, [Term(sequence(ops, projected), out), Term(projected[-1], down)])
+    def layer(ops: StepOps, x: Tensor, read: list[Tensor], following: Reading) -> tuple[Tensor, list[Tensor]]:
+        mixed = Term(sequence(ops, read), out)
+        if not shape.gated:
+            return ops.advance(x, [mixed, Term(read[-1], down)], *following)
+        x, (risen,) = ops.advance(x, [mixed], norm, [mlp])
+        return ops.advance(x, [Term(risen, down)], *following)
 
-    return Layer(layer, moved, states)
+    return Layer(layer, (norm, parts if shape.gated else [*parts, mlp]), moved, states)
 
 
 def chain_case(make: Maker, shape: Shape, batch: int, context: int, kind: str, layers: int) -> Case:
@@ -208,9 +213,9 @@ def chain_case(make: Maker, shape: Shape, batch: int, context: int, kind: str, l
     start = make.numbers(batch, shape.hidden)
 
     def run(ops: StepOps) -> list[Tensor]:
-        x = start
-        for layer in made:
-            x = layer.run(ops, x)
+        x, read = start, ops.project(start, *made[0].reading)
+        for layer, following in zip(made, [*(layer.reading for layer in made[1:]), (None, [])], strict=True):
+            x, read = layer.run(ops, x, read, following)
         return [x]
 
     return Case(run, None, sum(layer.moved for layer in made), tuple(t for layer in made for t in layer.states))

@@ -16,6 +16,7 @@ from pipeline.states import RecurrentLayer
 from pipeline.surgery import mixers, replace_layers
 from schemas.layers import LayersConfig, plan_layers
 from tests.decoders import COMMON, FAMILIES, IMAGE_TOKEN, SPECIAL, build, hybrid, tinyllava, tokens
+from tests.tolerances import CACHED_LOGITS
 
 NEW = 8
 PLANS: list[tuple[int, ...]] = [(), (0,), (1, 3), (0, 1, 2, 3)]
@@ -74,6 +75,31 @@ def test_engine_says_what_generate_says(family: str, replaced: tuple[int, ...], 
     for mask in (whole, padded, whole):  # one room for all
         said = torch.stack(list(engine.tokens({"input_ids": prompts, "attention_mask": mask}, NEW)), 1)
         assert torch.equal(said, generated(model, prompts, mask))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("replaced", [(), (1, 3)], ids=str)
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@torch.no_grad()
+def test_captured_steps_say_what_generate_says(family: str, replaced: tuple[int, ...]) -> None:
+    """The same tokens, but where the model's own scores of the two lie within rounding of each other."""
+    model = contestant(family, replaced).cuda()
+    prompts = random_prompts(model, 3, 17, seed=1)
+    whole = torch.ones_like(prompts)
+    padded = whole.clone()
+    padded[0, :5], padded[2, :1] = 0, 0
+    engine = DecodingEngine(model)
+    for mask in (whole, padded, whole):
+        said = torch.stack(list(engine.tokens({"input_ids": prompts, "attention_mask": mask}, NEW)), 1)
+        assert engine.room is not None
+        assert engine.room.graph is not None
+        expected = generated(model, prompts, mask).cpu()
+        for row in (said != expected).any(1).nonzero()[:, 0].tolist():
+            step = int((said != expected)[row].nonzero()[0, 0])
+            until = torch.cat([prompts[row], expected[row, :step].to(prompts)])[int((mask[row] == 0).sum()) :]
+            scores = model(input_ids=until[None], use_cache=False).logits[0, -1]
+            between = scores[expected[row, step]] - scores[said[row, step]]
+            assert between.abs() <= 2 * CACHED_LOGITS * scores.abs().max(), (row, step, float(between))
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

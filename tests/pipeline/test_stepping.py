@@ -71,7 +71,7 @@ def test_project_is_norm_linear_and_activation(name: str) -> None:
         torch.testing.assert_close(one, other, rtol=FLOAT32_STEP, atol=FLOAT32_STEP)
 
 
-def test_reduce_is_the_residual_and_every_linear_layer() -> None:
+def test_advance_is_the_residual_every_linear_layer_and_what_is_read_of_it() -> None:
     residual, layers = numbers(2, 5), [nn.Linear(7, 5), nn.Linear(9, 5, bias=False)]
     xs = [numbers(2, 7), numbers(2, 9)]
     with torch.no_grad():
@@ -79,7 +79,11 @@ def test_reduce_is_the_residual_and_every_linear_layer() -> None:
     terms = [
         Term(x, m.weight.detach(), None if m.bias is None else m.bias.detach()) for x, m in zip(xs, layers, strict=True)
     ]
-    torch.testing.assert_close(PLAIN.reduce(residual, terms), expected, rtol=FLOAT32_STEP, atol=FLOAT32_STEP)
+    norm, parts = norm_of("layer", 5), [Projection(numbers(3, 5))]
+    got, read = PLAIN.advance(residual, terms, norm, parts)
+    torch.testing.assert_close(got, expected, rtol=FLOAT32_STEP, atol=FLOAT32_STEP)
+    assert torch.equal(read[0], PLAIN.project(got, norm, parts)[0])
+    assert PLAIN.advance(residual, terms, None, ())[1] == []
 
 
 def test_results_are_rounded_once() -> None:
@@ -203,12 +207,15 @@ def kernels() -> Iterator[StepOps]:
         yield step_kernels.kernels()
 
 
-def compare(got: Tensor, expected: Tensor) -> None:
-    """Relative to the norm: rounding of single elements depends on the order of sums."""
+def compare(got: Tensor, expected: Tensor, operations: int = 1) -> None:
+    """Relative to the norm: rounding of single elements depends on the order of sums.
+
+    Errors of operations in a row add up at most.
+    """
     assert got.dtype == expected.dtype
     assert got.isfinite().all()
     error = float((got.double() - expected.double()).norm() / expected.double().norm())
-    assert error <= STEP_KERNEL[got.dtype], error
+    assert error <= operations * STEP_KERNEL[got.dtype], error
 
 
 kernel = pytest.mark.skipif(WITHOUT_TRITON, reason=REASON)
@@ -241,12 +248,34 @@ def test_project_kernel_is_plain(kernels: StepOps, rows: int, size: int, name: s
 
 @gpu
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(("rows", "size"), [(1, 5), (3, 1024), (2, 2500)])
+def test_argmax_kernel_is_plain(kernels: StepOps, rows: int, size: int, dtype: torch.dtype) -> None:
+    logits = numbers(rows, size, dtype=dtype)
+    logits[0, size // 2] = logits[0, size - 1] = logits.max() + 1  # of equals the first
+    logits[-1] -= 1e4
+    got, expected = (torch.full((rows,), -1) for _ in range(2))
+    kernels.argmax(logits, got)
+    PLAIN.argmax(logits, expected)
+    assert torch.equal(got, expected)
+    assert got[0] == size // 2 or rows == 1
+    logits[:] = torch.nan
+    kernels.argmax(logits, got)
+    assert ((got >= 0) & (got < size)).all()
+
+
+@gpu
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("name", NORMS)
 @pytest.mark.parametrize("rows", [1, 2, 16, 40])
-def test_reduce_kernel_is_plain(kernels: StepOps, rows: int, dtype: torch.dtype) -> None:
-    residual, sizes = numbers(rows, 37, dtype=dtype), (80, 1500)
+def test_advance_kernel_is_plain(kernels: StepOps, rows: int, name: str, dtype: torch.dtype) -> None:
+    residual, sizes, norm = numbers(rows, 37, dtype=dtype), (80, 1500), norm_of(name, 37, dtype)
     terms = [Term(numbers(rows, k, dtype=dtype), numbers(37, k, dtype=dtype) * k**-0.5) for k in sizes]
     terms[1] = replace(terms[1], bias=numbers(37, dtype=dtype))
-    compare(kernels.reduce(residual, terms), PLAIN.reduce(residual, terms))
+    parts = [Projection(numbers(21, 37, dtype=dtype) * 37**-0.5, numbers(21, dtype=dtype), "silu")]
+    for reads in (parts, []):
+        got, expected = (ops.advance(residual, terms, norm, reads) for ops in (kernels, PLAIN))
+        for one, other in zip((got[0], *got[1]), (expected[0], *expected[1]), strict=True):
+            compare(one, other)
 
 
 @gpu
@@ -297,9 +326,9 @@ def test_captured_chain_goes_on_at_each_replay_from_the_position_on_the_device(k
     def step(ops: StepOps, x: Tensor, held: Attention, states: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = (t.view(2, 2, 16) for t in ops.project(x, norm, [Projection(w) for w in weights[:3]]))
         ends = (held.position, held.first, held.scale, None, None)
-        x = ops.reduce(x, [Term(ops.attend(q, k, v, angles, held.keys, held.values, *ends), weights[3])])
-        projected = ops.project(x, norm, [Projection(mixer.in_proj.weight)])[0]
-        return ops.reduce(x, [Term(ops.mix(projected, inside, *states), weights[4])])
+        mixed = Term(ops.attend(q, k, v, angles, held.keys, held.values, *ends), weights[3])
+        x, (projected,) = ops.advance(x, [mixed], norm, [Projection(mixer.in_proj.weight)])
+        return ops.advance(x, [Term(ops.mix(projected, inside, *states), weights[4])], None, ())[0]
 
     saved = [t.clone() for t in mine]
     step(kernels, entered, case, mine)
@@ -314,4 +343,4 @@ def test_captured_chain_goes_on_at_each_replay_from_the_position_on_the_device(k
         case.position.fill_(position)
         other.position.fill_(position)
         graph.replay()
-        compare(out, step(PLAIN, token, other, truth))
+        compare(out, step(PLAIN, token, other, truth), operations=5)
