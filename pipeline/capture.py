@@ -96,6 +96,7 @@ class Teacher:
         processor = load_processor(teacher)
         self.pad_id, self.image_token_id = processor.pad_id, processor.image_token_id
         self.table = targets_table(config, tapped)
+        self.most_tapped = 0  # tokens of a shard, of all so far
 
     def capture(self, samples: Sequence[PreparedSample]) -> dict[str, Sequence[object]]:
         """The columns of the samples' ``targets`` rows, in their order."""
@@ -113,7 +114,8 @@ class Teacher:
         tapped = [is_tapped(s.sample.sample_id, self.config.taps.fraction, self.config.seed) for s in samples]
         tokens = [len(s.sample.input_ids) if self.tapped and t else 0 for s, t in zip(samples, tapped, strict=True)]
         on_gpu = self.device.type == "cuda"
-        taps = TapBuffers(tokens, pinned=on_gpu)
+        self.most_tapped = max(self.most_tapped, sum(tokens))
+        taps = TapBuffers(tokens, pinned=on_gpu, room=self.most_tapped)
         vision = TapBuffers([self._patches(s) for s in samples], pinned=on_gpu)
         with self.ranks.together():
             self.ranks.hand(samples)

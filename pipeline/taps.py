@@ -48,16 +48,21 @@ class TapBuffers:
     Taps are most of a cache's bytes: each further copy would cost as much time as writing them.
     """
 
-    def __init__(self, tokens: Sequence[int], *, pinned: bool) -> None:
-        self.ends, self.pinned = np.cumsum(tokens, dtype=np.int64), pinned  # 0 tokens where a row has no taps
-        self.tokens = np.array(tokens, np.int64)
+    def __init__(self, tokens: Sequence[int], *, pinned: bool, room: int = 0) -> None:
+        """``tokens`` of each row, 0 where it has no taps.
+
+        Buffers have ``room`` for so many if that is more. Pinning memory takes as long as filling it, and what has
+        been pinned is used again for as much: so there should be few sizes.
+        """
+        self.ends, self.pinned = np.cumsum(tokens, dtype=np.int64), pinned
+        self.tokens, self.room = np.array(tokens, np.int64), max(room, sum(tokens))
         self.parts: dict[str, Tensor] = {}
 
     def keep(self, name: str, row: int, packed: Activation) -> None:
         """Queues the copy of one row's tap [L, D] behind what computes it."""
         for part, value in stored_parts(name, packed).items():
             if part not in self.parts:
-                shape = (int(self.ends[-1]), *value.shape[1:])
+                shape = (self.room, *value.shape[1:])
                 self.parts[part] = torch.empty(shape, dtype=value.dtype, pin_memory=self.pinned)
             place = slice(self.ends[row] - self.tokens[row], self.ends[row])
             self.parts[part][place].copy_(value, non_blocking=True)
@@ -69,6 +74,6 @@ class TapBuffers:
         for part, value in self.parts.items():
             width = value[0].numel() * value.element_size()
             offsets = pa.py_buffer(np.concatenate([[0], self.ends]) * width)
-            buffers = [validity, offsets, pa.py_buffer(value.numpy())]
+            buffers = [validity, offsets, pa.py_buffer(value[: self.ends[-1]].numpy())]
             found[part] = pa.Array.from_buffers(pa.large_binary(), len(self.tokens), buffers)
         return found
