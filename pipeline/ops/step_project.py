@@ -120,7 +120,7 @@ def add_and_normalise(
     K: tl.constexpr, TERMS: tl.constexpr, CHUNKS: tl.constexpr, NORM: tl.constexpr, WHOLE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One row [K] a program: the residual, the biases and the chunks' sums, in this order, and the norm of it all."""
+    """One row [K] a program: the residual, the biases and the chunks' sums, in this order; and the norm of it all."""
     release(PDL)
     row, at = tl.program_id(0), tl.arange(0, WHOLE)
     inside = at < K
@@ -135,12 +135,13 @@ def add_and_normalise(
         value = value.to(added.dtype.element_ty)
         tl.store(added + row * K + at, value, mask=inside)
         value = value.to(tl.float32)
-    mean = tl.sum(value, 0) / K if NORM == "layer" else 0.0
-    value = tl.where(inside, value - mean, 0.0)
-    value *= 1.0 / tl.sqrt(tl.sum(value * value, 0) / K + eps)
-    value *= tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-    value = biased(value, bias, at, K)
-    tl.store(out + row * K + at, value.to(out.dtype.element_ty), mask=inside)
+    if NORM is not None:
+        mean = tl.sum(value, 0) / K if NORM == "layer" else 0.0
+        value = tl.where(inside, value - mean, 0.0)
+        value *= 1.0 / tl.sqrt(tl.sum(value * value, 0) / K + eps)
+        value *= tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+        value = biased(value, bias, at, K)
+        tl.store(out + row * K + at, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -168,30 +169,27 @@ def project_rows(
 
 def project(x_BK: Tensor, norm: Norm | None, parts: Sequence[Projection], pdl: bool) -> list[Tensor]:
     """As ``stepping.project``; several rows round the normed input to their type, beyond ``ROWS`` torch computes."""
-    rows = len(x_BK)
-    if rows > ROWS:
+    if len(x_BK) > ROWS:
         return _torch_project(x_BK, norm, parts)
-    if rows > 1 and norm is not None:
-        x_BK, norm = normalise(x_BK, norm, pdl), None
-    return _products(x_BK.contiguous(), norm, parts, pdl)
+    x_BK = x_BK.contiguous()
+    if len(x_BK) > 1 and norm is not None:
+        _, x_BK = _added_and_normed(x_BK, (), norm, pdl)
+    return _products(x_BK, norm, parts, pdl)
 
 
 def advance(
     residual_BN: Tensor, terms: Sequence[Term], norm: Norm | None, parts: Sequence[Projection], pdl: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """As ``stepping.advance``; of several rows one kernel adds up the chunks' sums and makes the norm."""
-    rows = len(residual_BN)
-    if rows == 1 or rows > ROWS or norm is None or not parts:
+    if not 1 < len(residual_BN) <= ROWS:
         added = reduce(residual_BN, terms, pdl)
         return added, project(added, norm, parts, pdl) if parts else []
-    sums = chunk_sums(terms, pdl)
-    added = torch.empty_like(residual_BN)
-    normed = normalise(residual_BN.contiguous(), norm, pdl, sums, [t.bias for t in terms], added)
-    return added, _products(normed, None, parts, pdl)
+    added, normed = _added_and_normed(residual_BN.contiguous(), terms, norm, pdl)
+    return added, _products(normed, None, parts, pdl) if parts else []
 
 
 def _products(x_BK: Tensor, norm: Norm | None, parts: Sequence[Projection], pdl: bool) -> list[Tensor]:
-    """Each part of up to ``ROWS`` rows; only a single row has a norm left to make."""
+    """Each part of up to ``ROWS`` rows; several are normed already."""
     if len({p.gate is None for p in parts}) > 1:  # a launch has gates or has none
         return [out for part in parts for out in _products(x_BK, norm, [part], pdl)]
     rows, size = x_BK.shape
@@ -225,23 +223,23 @@ def _products(x_BK: Tensor, norm: Norm | None, parts: Sequence[Projection], pdl:
     return list(outs)
 
 
-def normalise(
-    x_BK: Tensor,
-    norm: Norm,
-    pdl: bool,
-    sums: Tensor | None = None,
-    biases: Sequence[Tensor | None] = (),
-    added: Tensor | None = None,
-) -> Tensor:
-    """The norm of x, in its type; of x, ``biases`` and chunks' ``sums`` [chunks, B, K] added up, also in ``added``."""
-    (rows, size), out = x_BK.shape, torch.empty_like(x_BK)
+def _added_and_normed(
+    residual_BK: Tensor, terms: Sequence[Term], norm: Norm | None, pdl: bool
+) -> tuple[Tensor, Tensor]:
+    """The residual and all terms added up, and the norm of that; of what there is none of, the same tensor."""
+    rows, size = residual_BK.shape
     weight, bias, eps, kind = _norm_arguments(norm)
-    shape = {"K": size, "NORM": kind, "WHOLE": triton.next_power_of_2(size), "TERMS": len(biases)}
+    sums = chunk_sums(terms, pdl) if terms else None
+    added = torch.empty_like(residual_BK) if terms else None
+    out = torch.empty_like(residual_BK) if norm else None
+    shape = {"K": size, "NORM": kind, "WHOLE": triton.next_power_of_2(size), "TERMS": len(terms)}
     shape["CHUNKS"] = 0 if sums is None else len(sums)
+    biases = tuple(t.bias for t in terms)
     add_and_normalise[(rows,)](
-        x_BK, sums, tuple(biases), added, weight, bias, eps, out, rows, **shape, **launch_options(NORM_WARPS, pdl)
+        residual_BK, sums, biases, added, weight, bias, eps, out, rows, **shape, **launch_options(NORM_WARPS, pdl)
     )
-    return out
+    added = residual_BK if added is None else added
+    return added, added if out is None else out
 
 
 def _norm_arguments(norm: Norm | None) -> tuple[Tensor | None, Tensor | None, float, str | None]:

@@ -1,7 +1,7 @@
 """``advance``'s first half in Triton: products of several inputs added to the residual, in one launch.
 
 One sequence: each program goes through all terms of ``n`` outputs. Several: each sums over one chunk of one term by
-tensor cores, because outputs alone are too few to fill a device, and a second kernel adds the chunks in a fixed order.
+tensor cores, because outputs alone are too few to fill a device; the kernel that makes the next norm adds the chunks.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from pipeline.ops.step_device import release, wait
 from pipeline.ops.step_products import (
-    ROWS,
     TENSOR_ROWS,
     Tile,
     biased,
@@ -32,7 +31,6 @@ from pipeline.ops.stepping import Term
 REDUCE_ROW = Tile(n=4, k=2048, warps=4)
 REDUCE_ROWS = Tile(n=64, k=128, warps=4, stages=4, chunk=2560)
 REDUCE_MANY = Tile(n=64, k=64, warps=4, stages=5, chunk=2560)
-SUM_BLOCK = 512
 
 
 @triton.jit
@@ -78,39 +76,13 @@ def reduce_rows(
     tl.store(sums + at, y, mask=(batch < B)[:, None] & (row < N)[None, :])
 
 
-@triton.jit
-def add_sums(
-    residual, sums, biases, out, B,
-    N: tl.constexpr, TERMS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """The residual, the biases and the chunks' sums, in this order whatever ended first."""
-    release(PDL)
-    batch, row = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    wait(PDL)
-    y = tl.load(residual + batch * N + row, mask=row < N, other=0.0).to(tl.float32)
-    for j in tl.static_range(TERMS):
-        y = biased(y, biases[j], row, N)
-    for chunk in tl.static_range(CHUNKS):
-        y += tl.load(sums + (chunk * B + batch) * N + row, mask=row < N, other=0.0)
-    tl.store(out + batch * N + row, y.to(out.dtype.element_ty), mask=row < N)
-
-
 def reduce(residual_BN: Tensor, terms: Sequence[Term], pdl: bool) -> Tensor:
-    """``residual + Σ_j (x_j W_j^T + b_j)`` [B, N]; more than ``ROWS`` rows are torch's."""
-    rows, size = residual_BN.shape
-    if rows > ROWS:
+    """``residual + Σ_j (x_j W_j^T + b_j)`` [B, N] of one row; more than ``ROWS`` rows are torch's."""
+    if len(residual_BN) > 1:
         return _torch_reduce(residual_BN, terms)
-    residual_BN, biases = residual_BN.contiguous(), tuple(t.bias for t in terms)
-    out = torch.empty_like(residual_BN)
-    if rows == 1:
-        grid, held, launch = _launch(terms, REDUCE_ROW, pdl)
-        reduce_row[grid](residual_BN, *held, biases, out, **launch)
-        return out
-    sums = chunk_sums(terms, pdl)
-    shape = {"N": size, "TERMS": len(biases), "CHUNKS": len(sums), "BLOCK": SUM_BLOCK}
-    add_sums[(rows, triton.cdiv(size, SUM_BLOCK))](
-        residual_BN, sums, biases, out, rows, **shape, **launch_options(4, pdl)
-    )
+    residual_BN, out = residual_BN.contiguous(), torch.empty_like(residual_BN)
+    grid, held, launch = _launch(terms, REDUCE_ROW, pdl)
+    reduce_row[grid](residual_BN, *held, tuple(t.bias for t in terms), out, **launch)
     return out
 
 
