@@ -18,7 +18,7 @@ KINDS = {
     "attention": r"flash|fmha|attention|sdpa|attend_splits|combine_splits",
     "scan": r"_chunk_|chunk_cumsum|state_passing|mix_heads|selective",
     "convolution": r"conv1d|conv2d|im2col|implicit",
-    "products": r"gemm|cutlass|nvjet|xmma|cublas|splitk|wgrad|dgrad|project_row|reduce_row|add_sums",
+    "products": r"gemm|cutlass|nvjet|xmma|cublas|splitk|wgrad|dgrad|project_row|reduce_row",
     "norms": r"norm|rsqrt",
     "optimizer": r"adam|multi_tensor",
     "copies": r"memcpy|memset|copy|fillfunctor",
