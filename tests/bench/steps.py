@@ -11,6 +11,7 @@ import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -129,9 +130,8 @@ def set_to(module: Any, name: str, value: Any) -> Iterator[None]:
 
 def tilings(name: str) -> tuple[Any, str, list[Any]]:
     """The module, constant and candidates that decide about an operation's speed."""
-    from pipeline.ops import step_attention, step_mixer, step_products, step_project, step_reduce
+    from pipeline.ops import step_attention, step_mixer, step_project, step_reduce
 
-    lines, slots = step_products.Tile, step_attention.Tile
     if "attend" in name:
         grid = [
             (32, 4, 3, 4),
@@ -151,29 +151,22 @@ def tilings(name: str) -> tuple[Any, str, list[Any]]:
             (16, 2, 4, 8),
             (64, 4, 2, 4),
         ]
-        return step_attention, "FEW" if " 1 x " in name else "MANY", [slots(*g) for g in grid]
+        return step_attention, "FEW" if " 1 x " in name else "MANY", [step_attention.Tile(*g) for g in grid]
     if " mix " in name:
         return step_mixer, "WARPS", [4, 8, 16]
     module, operation = (step_project, "PROJECT") if "project" in name else (step_reduce, "REDUCE")
     if name.endswith(" 1"):
-        grid = [
-            (2, 1024, 4),
-            (4, 1024, 4),
-            (8, 1024, 4),
-            (4, 512, 2),
-            (8, 512, 2),
-            (16, 512, 2),
-            (4, 2048, 8),
-            (2, 512, 2),
-            (1, 4096, 4),
-            (2, 4096, 4),
-            (2, 4096, 8),
-            (4, 4096, 8),
-        ]
-        return module, f"{operation}_ROW", [lines(*g) for g in grid]
-    grid = [(16, 128, 4, 4), (32, 128, 4, 3), (32, 128, 4, 4), (32, 128, 4, 6), (32, 256, 4, 3), (64, 128, 4, 3)]
-    grid += [(64, 64, 4, 4), (16, 256, 4, 4), (128, 64, 4, 4), (16, 128, 2, 6)]
-    return module, f"{operation}_{'MANY' if name.endswith(' 64') else 'ROWS'}", [lines(*g) for g in grid]
+        constant = f"{operation}_ROW"
+        rows = [(2, 1024, 4), (4, 1024, 4), (8, 1024, 4), (4, 512, 2), (8, 512, 2), (16, 512, 2), (4, 2048, 8)]
+        rows += [(2, 512, 2), (1, 4096, 4), (2, 4096, 4), (2, 4096, 8), (4, 4096, 8), (4, 2048, 4), (8, 2048, 4)]
+        sizes = [(*g, 1) for g in rows]
+    else:
+        constant = f"{operation}_{'MANY' if name.endswith(' 64') else 'ROWS'}"
+        sizes = [(16, 128, 4, 4), (32, 128, 4, 3), (32, 128, 4, 4), (32, 128, 4, 6), (32, 256, 4, 3), (64, 128, 4, 3)]
+        sizes += [(64, 64, 4, 4), (64, 64, 4, 5), (16, 256, 4, 4), (128, 64, 4, 4), (128, 64, 8, 3), (16, 128, 2, 6)]
+        sizes += [(64, 128, 4, 4)]
+    now = getattr(module, constant)
+    return module, constant, [replace(now, n=n, k=k, warps=warps, stages=stages) for n, k, warps, stages in sizes]
 
 
 def tuned(table: Table, only: str) -> None:
