@@ -27,7 +27,7 @@ QUICK = {
 STARTING = {
     "capture": f"{SHARDS} --rounds 1 --sides stage",
     "cluster": "--workers 1 --shards 4 --sleep 0.1 --rounds 1",
-    "fleet": f"{SHARDS} --rounds 1 --gpus 1 2 --variants 1",
+    "fleet": f"{SHARDS} --rounds 1 --gpus 1 2 --variants sampled",
     "scaling": "--small --gpus 1 2 --rounds 1 --steps 2",
 }
 FIELDS = {"topic", "command", "sides", "ratios", "floor", "commit", "date", "hardware"}
@@ -70,6 +70,7 @@ def test_small_benchmark_runs_and_leaves_ratios(name: str, bench: Bench) -> None
 
 
 @pytest.mark.slow  # each starts Ray, nodes or groups of processes: a minute
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")  # Ray warns of its own defaults
 @pytest.mark.parametrize("name", STARTING)
 def test_benchmark_of_processes_runs_and_leaves_ratios(name: str, bench: Bench) -> None:
     check(bench(name, *STARTING[name].split()), name)
@@ -88,25 +89,32 @@ def test_benchmark_of_a_run_leaves_ratios(name: str, arguments: tuple[str, ...],
     check(bench(name, str(run_file), *arguments), name)
 
 
-def seen(workers: int, commits: dict[str, list[float]], busy: list[tuple[float, float]]) -> Seen:
-    """A stage whose shards have 100 tokens, from the seconds of each worker's commits."""
-    noted = [{"process": p, "time": t, "gpu": p} for p, times in commits.items() for t in times]
+def seen(workers: int, ends: dict[str, list[float]], late: float = 0.0) -> Seen:
+    """A stage whose shards have 100 tokens and one forward of half a second, from the seconds at which each worker's
+    forwards end; commits come ``late``."""
+    noted = [{"process": p, "time": t + late, "gpu": p} for p, times in ends.items() for t in times]
+    busy = {p: [(t - 0.5, t) for t in times] for p, times in ends.items()}
     readings = [(0.5, "a", 0.0), (WARM + 0.5, "a", 0.9), (WARM + 0.5, "b", 0.0)]
     return Seen(workers, 100, sorted(noted, key=lambda note: float(note["time"])), [], [], busy, readings, 0)
 
 
-def test_what_counts_begins_with_the_last_warm_commit() -> None:
+def test_what_counts_begins_when_the_warm_shards_are_computed() -> None:
     # the warm ones take ten times as long
     times = [10.0 * (i - WARM + 1) for i in range(WARM)] + [float(i) for i in range(1, 6)]
-    found = seen(1, {"a": [time + WARM for time in times]}, [(-30.0, WARM + 1.0), (WARM + 2.0, WARM + 3.5)])
+    found = seen(1, {"a": [time + WARM for time in times]})
     assert found.rate == found.steady == 100
-    assert found.busy_share == pytest.approx((1 + 1.5) / 5)
+    assert found.busy_share == 0.5
     assert found.smi_share == 0.9, "of the worker's device, while it counts"
+
+
+def test_shards_that_were_computed_before_make_no_rate_that_the_device_cannot_have() -> None:
+    found = seen(1, {"a": [float(i) for i in range(WARM + 8)]}, late=2.0)
+    assert found.rate == found.steady == 80, "8 shards in 8 seconds, and 2 until the last is written"
 
 
 def test_a_worker_that_ends_late_or_comes_late_is_no_loss_of_the_steady_rate() -> None:
     early = [float(i) for i in range(WARM + 5)]
     late = [2.0 * i for i in range(WARM + 5)]
-    found = seen(3, {"a": early, "b": late, "c": [1.0]}, [])
+    found = seen(3, {"a": early, "b": late, "c": [1.0]})
     assert found.steady == pytest.approx(150)
     assert found.rate < 150

@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llava.modeling_llava import LlavaModel
+from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
 from pipeline.models import body, decoder
 from pipeline.surgery import mixers, trained_modules
@@ -19,6 +22,9 @@ from schemas.sections import Part
 # it, as they share a wrapper: decoder and tower, with and without gradients (of the input, or at all), batches of one
 # and of several rows, one and all lengths. torch's own limit of 8 is under what one training has.
 PROGRAMS = 64
+# torch's attention as transformers calls it, under a name for which transformers makes no masks.
+UNMASKED = "decant_unmasked"
+AttentionInterface.register(UNMASKED, ALL_ATTENTION_FUNCTIONS["sdpa"])
 
 
 def mix_precision(model: PreTrainedModel, parts: Iterable[Part], device: torch.device) -> None:
@@ -40,6 +46,31 @@ def _mixed(forward: Callable[..., Any], device: str) -> Callable[..., Any]:
         return out.to(given.dtype) if isinstance(out, Tensor) else (out[0].to(given.dtype), *out[1:])
 
     return wrapped
+
+
+def run_ahead(model: PreTrainedModel) -> None:
+    """Takes what makes the host wait for the device out of a forward over a ``Batch``'s inputs.
+
+    transformers reads positions back, to see whether a row holds several sequences, and a Llava's number of image
+    tokens. Such inputs have one sequence a row and no mask, so that attention of all layers to all tokens before needs
+    neither (other models keep their masks); that each feature has its token is asserted by the device.
+    """
+    config: Any = decoder(model).config
+    kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
+    everywhere = kinds == {"full_attention"} and getattr(config, "sliding_window", None) is None
+    if everywhere and decoder(model)._supports_attention_backend and config._attn_implementation == "sdpa":
+        config._attn_implementation = UNMASKED
+    inner: Any = body(model)
+    if isinstance(inner, LlavaModel | LlavaNextModel):
+        inner.get_placeholder_mask = functools.partial(_image_places, model.config.image_token_id)
+
+
+def _image_places(image_token_id: int, input_ids: Tensor, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
+    """[B, L, 1]: where image tokens stand."""
+    places = input_ids == image_token_id
+    fits = places.sum() * inputs_embeds.shape[-1] == image_features.numel()
+    torch._assert_async(fits, "the image tokens are not as many as the image features")
+    return places[..., None]
 
 
 def frozen_layers(model: PreTrainedModel) -> list[nn.Module]:

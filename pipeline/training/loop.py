@@ -24,7 +24,7 @@ from pipeline.training.batches import CachedBatches, use_of
 from pipeline.training.checkpoint import Saving, TrainState, latest_checkpoint, save_best, save_checkpoint
 from pipeline.training.diverged import diverged
 from pipeline.training.engine import Engine, OptimizerRecipe, Worker, make_engine
-from pipeline.training.execution import checkpoint_layers, compile_layers, mix_precision
+from pipeline.training.execution import checkpoint_layers, compile_layers, mix_precision, run_ahead
 from pipeline.training.mixing import MatrixObjective, require_matrix
 from pipeline.training.objective import DistillObjective, LayerObjective, kl_names
 from pipeline.training.recompute import TeacherLayers
@@ -84,6 +84,7 @@ class Training:
         self.power = self._calibrate(started if student.init == "mimic" else frozenset(mixers(model)))
         self.state, self.written = TrainState(), 0.0
         self.initial = self.final = self.trained()
+        run_ahead(model)
         if recipe.dtype == "bfloat16":
             mix_precision(model, student.train, worker.device)
         if placement.compile:

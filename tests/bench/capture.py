@@ -6,6 +6,7 @@ nothing: once as the model is called (head over all positions) and once without 
 ``process`` is a teacher worker's own work as Ray calls it, pixels at hand: several calls at once on one device, shards
 written to local disk, from the first shard's commit to the last one's. ``stage`` is all of it through Ray Data
 (tests/bench/through.py): pictures decoded by CPU tasks while the teacher computes, which is loaded anew for each round.
+``sampled`` keeps no taps; ``taps`` those of every fourth layer for 5 % of the samples as well.
 Every shard has the same lengths, so that what a run of thousands of shards does once a length does not count. Rounds
 take turns; medians. ``--small`` is for a machine without a GPU, to see that it runs.
 """
@@ -49,12 +50,11 @@ from tests.bench.through import WARM, through
 from tests.decoders import tinyllava
 
 LAYERS = tuple(range(0, 32, 4))
-VARIANTS = {
-    "sampled": TapsConfig(fraction=0),
-    "sampled, 8 layers' taps of 5 %": TapsConfig(layers=LAYERS, fraction=0.05),
-}
+VARIANTS = {"sampled": TapsConfig(fraction=0), "taps": TapsConfig(layers=LAYERS, fraction=0.05)}
 FLOOR, BARE = "bare, no head", "bare"
 ROUNDS = 3
+# As many as show the bare forwards' rate, of which nothing is written.
+BARE_SHARDS = 8
 SOURCE = ArtifactRef("prepare", "bench", 1)
 # Pixels of a picture, as most of LLaVA's training pictures have them.
 PICTURE = (640, 480)
@@ -186,12 +186,12 @@ class Bench:
         prepared.sort(key=lambda p: len(p.sample.input_ids))
         started = time.perf_counter()
         with torch.no_grad():
-            for _ in range(self.given.shards):
+            for _ in range(min(self.given.shards, BARE_SHARDS)):
                 for at in range(0, len(prepared), teacher.batch):
                     run(**teacher.inputs(prepared[at : at + teacher.batch]), use_cache=False)
         if teacher.device.type == "cuda":
             torch.cuda.synchronize()
-        return {"tokens/s": self.given.shards * self.tokens / (time.perf_counter() - started)}
+        return {"tokens/s": min(self.given.shards, BARE_SHARDS) * self.tokens / (time.perf_counter() - started)}
 
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:
@@ -203,6 +203,7 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", type=int, default=640, help="the most tokens of text a sample, the least a sixth of it"
     )
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--decoders", type=int, default=CachePlacement().decoders, help="CPU workers a teacher")
 
 
@@ -214,9 +215,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sides", nargs="+", choices=("process", "stage"), default=("process", "stage"))
     add_json(parser)
     given = parser.parse_args(arguments)
+    variants = {name: VARIANTS[name] for name in given.variants}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         bench = Bench(folder, given)
-        actors = {name: bench.actor(taps) for name, taps in VARIANTS.items()}
+        actors = {name: bench.actor(taps) for name, taps in variants.items()}
         teacher = next(iter(actors.values())).teacher
         works: dict[str, Callable[[], Figures]] = {
             FLOOR: partial(bench.bare, teacher, body(teacher.model)),
@@ -226,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             works |= {f"process: {name}": partial(bench.captured, actor) for name, actor in actors.items()}
         if "stage" in given.sides:
             stack.enter_context(session())
-            works |= {f"stage: {name}": partial(bench.staged, taps) for name, taps in VARIANTS.items()}
+            works |= {f"stage: {name}": partial(bench.staged, taps) for name, taps in variants.items()}
         sides = in_turns(works, given.rounds)
     print_table(sides)
     Result("capture", command("capture", arguments), sides, ratios(sides), FLOOR).write(given.json)

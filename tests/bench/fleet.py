@@ -2,8 +2,9 @@
 
 Weak scaling of ``tests.bench.capture``'s stage through Ray Data: a teacher worker a GPU, the same number of shards for
 each, all of them alike, decoders in proportion. Efficiency is tokens a second of all workers over what as many times
-the fewest would do: from the last warm commit to the last of all, and ``steady``, without what the last worker runs
-alone at the end, which a run of thousands of shards does not notice. ``--small`` runs on the CPU, to see that it runs.
+the fewest would do: from the end of the warm shards' computing to the last commit of all, and ``steady``, without what
+the last worker runs alone at the end, which a run of thousands of shards does not notice. ``--small`` runs on the CPU,
+to see that it runs.
 """
 
 import argparse
@@ -23,21 +24,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_sizes(parser)
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--variants", type=int, default=len(VARIANTS), help="how many: without taps, with taps")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     add_json(parser)
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(folder, given, max(given.gpus))
         works: dict[str, Callable[[], Figures]] = {
-            _side(name, workers): partial(bench.staged, taps, workers)
-            for name, taps in list(VARIANTS.items())[: given.variants]
+            _side(name, workers): partial(bench.staged, VARIANTS[name], workers)
+            for name in given.variants
             for workers in given.gpus
         }
         with session():
             sides = in_turns(works, given.rounds)
     found: Figures = {}
-    for name in list(VARIANTS)[: given.variants]:
+    for name in given.variants:
         found |= efficiencies(name, given.gpus, sides)
     print_table(sides)
     print_table({name: {"of the fewest": value} for name, value in found.items()})

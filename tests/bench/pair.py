@@ -25,7 +25,7 @@ from pipeline.student import has_bias
 from pipeline.surgery import DEFAULT_PARTS, mixers, replace_layers, trainable_names
 from pipeline.training.batch import Batch, Totals
 from pipeline.training.engine import OptimizerRecipe, Worker, make_engine
-from pipeline.training.execution import compile_layers, frozen_layers, mix_precision
+from pipeline.training.execution import compile_layers, frozen_layers, mix_precision, run_ahead
 from pipeline.training.objective import DistillObjective, LayerObjective
 from schemas.layers import LayersConfig, Placement, plan_layers
 from schemas.recipe import DistillConfig, LossWeights
@@ -103,6 +103,7 @@ class Pair:
         fuse_activations(teacher)
         self.teacher = teacher.eval().requires_grad_(False)
         self.plan = plan_layers(LayersConfig(ratio=RATIO, placement=placement), len(decoder(teacher).layers))
+        run_ahead(self.teacher)  # and its copy
         self.ops = resolve("auto", device)
         self.student = self._student()
         found = mixers(self.student)

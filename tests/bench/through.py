@@ -8,13 +8,14 @@ Decoders may not run ahead of the commits by more than ``LEAD`` shards a worker,
 where the object store bounds them: what is measured was decoded while the teachers computed.
 """
 
+import itertools
 import json
 import os
 import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,8 +55,11 @@ def _note(job: CacheJob, kind: str, **values: Any) -> None:
 def notes(job: CacheJob, kind: str) -> list[dict[str, Any]]:
     """What all processes noted, each line with the ``process``."""
     folder = Path(job.store.url, NOTES, str(job.targets).replace("/", "-"))
-    files = sorted(folder.glob(f"{kind}-*.jsonl"))
-    return [json.loads(line) | {"process": file.stem} for file in files for line in file.read_text().splitlines()]
+    found = []
+    for file in sorted(folder.glob(f"{kind}-*.jsonl")):
+        process = file.stem.removeprefix(f"{kind}-")
+        found += [json.loads(line) | {"process": process} for line in file.read_text().splitlines()]
+    return found
 
 
 def watched_decode(row: pa.Table, job: CacheJob) -> pa.Table:
@@ -146,10 +150,13 @@ class WatchedTeacher(TeacherActor):
 
 @dataclass(frozen=True)
 class Seen:
-    """What one run of the stage showed; what counts lies between the last warm commit and the last of all.
+    """What one run of the stage showed; all shards are alike.
 
-    ``commits``, ``decodes`` and ``writes`` are notes, the commits in their order; ``busy`` when a device computed,
-    ``smi`` the readings of nvidia-smi, of all devices: shares of its period in which any kernel was there.
+    What counts begins when the devices have done the warm shards and ends with the last commit: every shard that counts
+    was computed in that time and written in it, so that no rate is above what the device can do.
+    ``commits``, ``decodes`` and ``writes`` are notes, the commits in their order; ``busy`` when each worker's device
+    computed, a span a forward; ``smi`` the readings of nvidia-smi, of all devices: shares of its period in which any
+    kernel was there.
     """
 
     workers: int
@@ -157,14 +164,21 @@ class Seen:
     commits: list[dict[str, Any]]
     decodes: list[dict[str, Any]]
     writes: list[dict[str, Any]]
-    busy: list[Span]
+    busy: dict[str, list[Span]]
     smi: list[Reading]
     disk: int
+
+    def done(self, spans: Iterable[Span], shards: int) -> float:
+        """When so many shards had been computed of those whose forwards these are."""
+        forwards, rest = divmod(sum(map(len, self.busy.values())), len(self.commits))
+        assert not rest, "all shards have as many forwards"
+        return sorted(end for _, end in spans)[shards * forwards - 1]
 
     @property
     def window(self) -> Span:
         """From when to when."""
-        return self.commits[self.workers * WARM - 1]["time"], self.commits[-1]["time"]
+        spans = itertools.chain.from_iterable(self.busy.values())
+        return self.done(spans, self.workers * WARM), self.commits[-1]["time"]
 
     @property
     def rate(self) -> float:
@@ -176,17 +190,17 @@ class Seen:
     def steady(self) -> float:
         """The sum of the workers' own rates, each to its own last commit: without what the last one runs alone."""
         rate = 0.0
-        for process in {commit["process"] for commit in self.commits}:
-            times = [commit["time"] for commit in self.commits if commit["process"] == process][WARM - 1 :]
-            if len(times) > 1:  # one that came late may have had nothing left that counts
-                rate += self.tokens * (len(times) - 1) / (times[-1] - times[0])
+        for process, spans in self.busy.items():
+            times = [commit["time"] for commit in self.commits if commit["process"] == process]
+            if len(times) > WARM:  # one that came late may have had nothing left that counts
+                rate += self.tokens * (len(times) - WARM) / (times[-1] - self.done(spans, WARM))
         return rate
 
     @property
     def busy_share(self) -> float:
         """Of the devices' time in the window."""
-        begin, end = self.window
-        return sum(max(0.0, min(b, end) - max(a, begin)) for a, b in self.busy) / (end - begin) / self.workers
+        (begin, end), spans = self.window, itertools.chain.from_iterable(self.busy.values())
+        return sum(max(0.0, min(b, end) - max(a, begin)) for a, b in spans) / (end - begin) / self.workers
 
     @property
     def smi_share(self) -> float:
@@ -220,13 +234,16 @@ def through(job: CacheJob, count: int, tokens: int) -> Seen:
     with _watched(), _smi() as readings:
         for _ in jobs.cache.committed(job, job.place, todo):
             pass
+    busy: dict[str, list[Span]] = {}
+    for note in notes(job, "busy"):
+        busy.setdefault(note["process"], []).extend((begin, end) for begin, end in note["spans"])
     seen = Seen(
         job.place.workers,
         tokens,
         sorted(notes(job, "commit"), key=lambda commit: float(commit["time"])),
         notes(job, "decode"),
         notes(job, "write"),
-        [(a, b) for note in notes(job, "busy") for a, b in note["spans"]],
+        busy,
         readings,
         sum(file.stat().st_size for file in folder.glob("shard-*")),
     )

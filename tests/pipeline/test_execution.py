@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 
 from pipeline.models import body, decoder
 from pipeline.surgery import DEFAULT_PARTS, mixers, trainable_names
-from pipeline.training.execution import checkpoint_layers, compile_layers, mix_precision
+from pipeline.training.execution import UNMASKED, checkpoint_layers, compile_layers, mix_precision, run_ahead
 from schemas.sections import Part
-from tests.decoders import build, hybrid
+from tests.decoders import FAMILIES, WITH_IMAGES, build, hybrid, image_prompt, tokens
 
 CPU = torch.device("cpu")
 # torch hides its own warning by another way of showing warnings, which does not hold where they are errors.
@@ -71,6 +71,29 @@ def test_compiled_layers_that_are_checkpointed_compute_what_the_layers_do() -> N
     checkpoint_layers(model)
     assert len(expected) == sum(p.requires_grad for p in model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(gradients(model, 8), expected, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_model_whose_host_runs_ahead_computes_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (text,) = hybrid(build(family), (1,)), tokens(12)
+    inputs = image_prompt(family, text) if family in WITH_IMAGES else {"input_ids": text[None]}
+    inputs.pop("attention_mask", None)
+    expected = body(model)(**inputs, use_cache=False).last_hidden_state
+    run_ahead(model)
+    config: Any = decoder(model).config
+    assert (config._attn_implementation == UNMASKED) == (family != "gemma2"), "which has sliding windows"
+    if config._attn_implementation == UNMASKED:
+        monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", None)
+    assert torch.equal(body(model)(**inputs, use_cache=False).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava-next"])
+def test_model_whose_host_runs_ahead_refuses_features_that_have_no_token(family: str) -> None:
+    model = build(family)
+    run_ahead(model)
+    inputs = image_prompt(family, tokens(12)[0])
+    with pytest.raises(RuntimeError, match="the image tokens are not as many as the image features"):
+        body(model)(input_ids=inputs.pop("input_ids")[:, 1:], **{**inputs, "attention_mask": None}, use_cache=False)
 
 
 def test_layers_below_the_first_that_trains_keep_nothing_and_see_no_backward_pass() -> None:
