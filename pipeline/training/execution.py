@@ -11,11 +11,11 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llava.modeling_llava import LlavaModel
-from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
 from pipeline.models import body, decoder
 from pipeline.surgery import mixers, trained_modules
 from pipeline.training.graphed import Graphed
+from pipeline.vision import placed
 from schemas.sections import Part
 
 # How many programs torch keeps for one function before it leaves the rest uncompiled. All layers are one function to
@@ -49,28 +49,31 @@ def _mixed(forward: Callable[..., Any], device: str) -> Callable[..., Any]:
 
 
 def run_ahead(model: PreTrainedModel) -> None:
-    """Takes what makes the host wait for the device out of a forward over a ``Batch``'s inputs.
+    """Takes what makes the host wait for the device out of a pass over a ``Batch``'s inputs, forward and backward.
 
-    transformers reads positions back, to see whether a row holds several sequences, and a Llava's number of image
-    tokens. Such inputs have one sequence a row and no mask, so that attention of all layers to all tokens before needs
-    neither (other models keep their masks); that each feature has its token is asserted by the device.
+    transformers reads positions back, to see whether a row holds several sequences. Such inputs have one sequence a row
+    and no mask, so that attention of all layers to all tokens before needs no mask either; other models keep theirs.
+    Of a Llava it reads the number of image tokens back, and torch their places, to find the features' gradients.
     """
     config: Any = decoder(model).config
     kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
     everywhere = kinds == {"full_attention"} and getattr(config, "sliding_window", None) is None
     if everywhere and decoder(model)._supports_attention_backend and config._attn_implementation == "sdpa":
         config._attn_implementation = UNMASKED
-    inner: Any = body(model)
-    if isinstance(inner, LlavaModel | LlavaNextModel):
-        inner.get_placeholder_mask = functools.partial(_image_places, model.config.image_token_id)
+    if isinstance(inner := body(model), LlavaModel):
+        inner.register_forward_pre_hook(_embed, with_kwargs=True)
 
 
-def _image_places(image_token_id: int, input_ids: Tensor, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
-    """[B, L, 1]: where image tokens stand."""
-    places = input_ids == image_token_id
-    fits = places.sum() * inputs_embeds.shape[-1] == image_features.numel()
-    torch._assert_async(fits, "the image tokens are not as many as the image features")
-    return places[..., None]
+def _embed(
+    inner: LlavaModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Embeddings with the images' features among them in the place of tokens and pixels, where there are pixels."""
+    if kwargs.get("pixel_values") is None:
+        return None
+    ids_BL, pixels = kwargs["input_ids"], kwargs["pixel_values"]
+    features = torch.cat(inner.get_image_features(pixel_values=pixels, return_dict=True).pooler_output)
+    embeds = placed(inner.get_input_embeddings()(ids_BL), ids_BL == inner.config.image_token_id, features)
+    return args, {**kwargs, "input_ids": None, "pixel_values": None, "inputs_embeds": embeds}
 
 
 def frozen_layers(model: PreTrainedModel) -> list[nn.Module]:

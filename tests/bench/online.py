@@ -17,6 +17,7 @@ from pipeline.models import body, connector, decoder, head
 from pipeline.taps import recorded
 from pipeline.targets import SparseTargets, draw, entropy, logprobs
 from pipeline.training.batch import Batch, TapBatch
+from pipeline.vision import placed
 from tests.bench.pair import TEMPERATURE, Pair
 
 DRAWS = 50
@@ -61,8 +62,7 @@ class OnlineStep:
         embeds = model.get_input_embeddings()(ids)
         if features is None:
             return embeds
-        image = connector(model)(features).to(embeds.dtype)
-        return embeds.masked_scatter((ids == self.pair.made.image_token_id)[..., None], image)
+        return placed(embeds, ids == self.pair.made.image_token_id, connector(model)(features).flatten(0, 1))
 
     def _targets(self, hidden_PD: Tensor) -> SparseTargets:
         drawn, entropies = [], []
