@@ -38,6 +38,9 @@ class Tile:
 # few in many splits. Few threads a program wait least for each other; 32 keys and values of 128 are 16 KB a stage.
 MANY = Tile(slots=32, warps=1, stages=3, resident=6)
 FEW = Tile(slots=32, warps=2, stages=4, resident=4)
+# So few heads over so short a cache: most of FEW's splits would be one or two tiles, and some empty.
+SHORT = Tile(slots=64, warps=4, stages=2, resident=3)
+SHORT_HEADS, SHORT_SLOTS = 32, 2048
 MAX_SPLITS = 128
 # What there is of them on the devices that the constants are for; asked of the device where there is one.
 MULTIPROCESSORS = 132
@@ -189,7 +192,7 @@ def attend(
     """As ``stepping.attend``; weights of several queries a key are rounded to the cache's type."""
     assert all(t.is_contiguous() for t in (keys_BGSD, values_BGSD)), "written in place as they lie"
     (batch, heads, size), groups, slots = q_BHD.shape, keys_BGSD.shape[1], keys_BGSD.shape[2]
-    tile = MANY if batch * groups >= _multiprocessors(q_BHD.device) else FEW
+    tile = _tile(batch * groups, slots, q_BHD.device)
     splits = _splits(batch * groups, slots, tile, q_BHD.device)
     out = q_BHD.new_empty(batch, heads * size)
     bests, totals = (_partial(out, splits, batch * heads) for _ in range(2))
@@ -214,6 +217,13 @@ def attend(
 def _partial(like: Tensor, splits: int, *shape: int) -> Tensor | None:
     """Room for what the splits found, none if there is one."""
     return None if splits == 1 else torch.empty(*shape[:1], splits, *shape[1:], dtype=torch.float32, device=like.device)
+
+
+def _tile(heads: int, slots: int, device: torch.device) -> Tile:
+    """For so many key-value heads of all rows over so many slots."""
+    if heads >= _multiprocessors(device):
+        return MANY
+    return SHORT if heads <= SHORT_HEADS and slots <= SHORT_SLOTS else FEW
 
 
 def _splits(programs: int, slots: int, tile: Tile, device: torch.device) -> int:

@@ -151,7 +151,8 @@ def tilings(name: str) -> tuple[Any, str, list[Any]]:
             (16, 2, 4, 8),
             (64, 4, 2, 4),
         ]
-        return step_attention, "FEW" if " 1 x " in name else "MANY", [step_attention.Tile(*g) for g in grid]
+        constant = "SHORT" if " 1 x 1024" in name else "FEW" if " 1 x " in name else "MANY"
+        return step_attention, constant, [step_attention.Tile(*g) for g in grid]
     if " mix " in name:
         return step_mixer, "WARPS", [4, 8, 16]
     module, operation = (step_project, "PROJECT") if "project" in name else (step_reduce, "REDUCE")

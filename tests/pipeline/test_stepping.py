@@ -298,6 +298,22 @@ def test_attend_kernel_is_plain_and_writes_the_same_caches(
 
 @gpu
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("tile", ["MANY", "FEW", "SHORT"])
+@pytest.mark.parametrize(("heads", "groups", "size"), [(4, 4, 80), (8, 2, 128)])
+def test_attend_kernel_is_plain_by_every_tile(
+    kernels: StepOps, heads: int, groups: int, size: int, tile: str, dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from pipeline.ops import step_attention
+
+    chosen = getattr(step_attention, tile)
+    monkeypatch.setattr(step_attention, "_tile", lambda *_: chosen)
+    one, other = (Attention(heads, groups, size, dtype, 299, 300) for _ in range(2))
+    compare(one(kernels, size // 4 * 2), other(PLAIN, size // 4 * 2))
+
+
+@gpu
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("name", MIXERS)
 @torch.no_grad()
 def test_mix_kernel_is_plain_and_keeps_the_same_state(kernels: StepOps, name: str, dtype: torch.dtype) -> None:
