@@ -16,7 +16,7 @@ from pipeline.shards import read_manifest
 from pipeline.stage import read_record
 from pipeline.store import Committed, Store
 from schemas.artifacts import CHECKPOINTS, LOG, ArtifactRecord, ArtifactRef
-from schemas.errors import ShardCorrupt
+from schemas.errors import ShardCorrupt, StoreUnavailable
 from schemas.manifest import MANIFEST, is_shard, shard_name
 
 State = Literal["not begun", "running", "stopped", "failed", "done"]
@@ -103,6 +103,15 @@ def observe(store: Store, ref: ArtifactRef, samples: ArtifactRef | None = None) 
     found = store.listing(str(ref))
     if not found:
         return Seen(ref.kind, str(ref), "not begun")
+    try:
+        return _unfinished(store, ref, found, samples)
+    except StoreUnavailable:
+        if found.keys() <= store.listing(str(ref)).keys():
+            raise
+    return observe(store, ref, samples)  # the command ended meanwhile, and took its journal away
+
+
+def _unfinished(store: Store, ref: ArtifactRef, found: Mapping[str, Committed], samples: ArtifactRef | None) -> Seen:
     begun = commands(found)
     last = begun[-1] if begun else None
     silent = max(0.0, time.time() - max(entry.modified for entry in found.values()))

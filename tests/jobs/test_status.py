@@ -18,12 +18,12 @@ import jobs.status
 from jobs import prepare
 from jobs.stages import NAMES, open_store
 from pipeline import observe
-from pipeline.journal import Attempts, Journal, begin
+from pipeline.journal import Attempts, Journal, begin, facts
 from pipeline.stage import Stage, run_stage
 from pipeline.store import Store
 from schemas.artifacts import CHECKPOINTS, LOG, ArtifactRef
 from schemas.config import RunConfig
-from schemas.errors import WorkersLost
+from schemas.errors import StoreUnavailable, WorkersLost
 from schemas.manifest import shard_name
 from tests.jobs.test_cli import decant
 from tests.pipeline.test_training import make_cache
@@ -92,6 +92,34 @@ def test_finished_stages_show_their_figures(run: RunConfig, tmp_path: Path) -> N
     assert (found["prepare"]["shards"]["done"], found["prepare"]["shards"]["pending"]) == (10, 0)
     assert found["prepare"]["result"]["samples"] == 40
     assert re.search(r"^prepare +done +40 samples, 10 shards, [\d.]+ kB, in \d+ s", text(path), re.M)
+
+
+def test_a_stage_that_ends_while_it_is_looked_at_is_done(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, ref = open_store(run), run.ref("prepare")
+    begin(store, ref, None)
+    looks = []
+
+    def late(*arguments: Any) -> Any:
+        looks.append(arguments)
+        if len(looks) == 1:
+            run_stage(store, prepare.stage(run))
+        return facts(*arguments)
+
+    monkeypatch.setattr(observe, "facts", late)
+    assert observe.observe(store, ref).state == "done"
+    assert len(looks) == 1
+
+
+def test_a_store_that_gives_no_answer_is_an_error(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, ref = open_store(run), run.ref("prepare")
+    begin(store, ref, "job")
+
+    def broken(_: str) -> bytes:
+        raise StoreUnavailable("no answer")
+
+    monkeypatch.setattr(store, "read", broken)
+    with pytest.raises(StoreUnavailable, match="no answer"):
+        observe.observe(store, ref)
 
 
 def half_cached(run: RunConfig, *, error: Exception | None = None) -> Store:
