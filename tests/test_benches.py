@@ -107,6 +107,13 @@ def test_what_counts_begins_when_the_warm_shards_are_computed() -> None:
     assert found.smi_share == 0.9, "of the worker's device, while it counts"
 
 
+def test_what_a_device_did_before_the_others_were_warm_does_not_count() -> None:
+    first = [float(i) for i in range(WARM + 5)]
+    found = seen(2, {"a": first, "b": [end + 0.75 for end in first]})
+    # of five seconds: five halves of the later worker, and of the other's first half second the last quarter
+    assert found.busy_share == pytest.approx((5 * 0.5 + 4 * 0.5 + 0.25) / 5 / 2)
+
+
 def test_shards_that_were_computed_before_make_no_rate_that_the_device_cannot_have() -> None:
     found = seen(1, {"a": [float(i) for i in range(WARM + 8)]}, late=2.0)
     assert found.rate == found.steady == 80, "8 shards in 8 seconds, and 2 until the last is written"
