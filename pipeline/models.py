@@ -228,6 +228,11 @@ def check_logits(model: PreTrainedModel) -> None:
         )
 
 
+def attention_kinds(config: Any) -> set[str]:
+    """What a decoder's layers attend to, as transformers calls it: everything, where its configuration says nothing."""
+    return set(getattr(config, "layer_types", None) or ("full_attention",))
+
+
 def decoder(model: PreTrainedModel) -> nn.Module:
     """The decoder that holds ``layers[i].self_attn``, alone or inside a vision-language model."""
     inner = body(model)

@@ -15,7 +15,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, PreTrainedModel
 
 from pipeline.decoding.room import Cursor
-from pipeline.models import decoder
+from pipeline.models import attention_kinds, decoder
 from pipeline.ops.stepping import StepOps
 
 NAME = "decant"
@@ -91,7 +91,7 @@ def attends_here(model: PreTrainedModel) -> bool:
     Not where the attention is written out in the model's own code, sees chunks, or has sinks: such models keep theirs.
     """
     inner: Any = decoder(model)
-    kinds = set(getattr(inner.config, "layer_types", None) or ("full_attention",))
+    kinds = attention_kinds(inner.config)
     sinks = any(getattr(layer.self_attn, "sinks", None) is not None for layer in inner.layers)
     return bool(inner._supports_attention_backend) and kinds <= {"full_attention", "sliding_attention"} and not sinks
 

@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llava.modeling_llava import LlavaModel
 
-from pipeline.models import body, decoder
+from pipeline.models import attention_kinds, body, decoder
 from pipeline.surgery import mixers, trained_modules
 from pipeline.training.graphed import Graphed
 from pipeline.vision import placed
@@ -56,8 +56,7 @@ def run_ahead(model: PreTrainedModel) -> None:
     Of a Llava it reads the number of image tokens back, and torch their places, to find the features' gradients.
     """
     config: Any = decoder(model).config
-    kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
-    everywhere = kinds == {"full_attention"} and getattr(config, "sliding_window", None) is None
+    everywhere = attention_kinds(config) == {"full_attention"} and getattr(config, "sliding_window", None) is None
     if everywhere and decoder(model)._supports_attention_backend and config._attn_implementation == "sdpa":
         config._attn_implementation = UNMASKED
     if isinstance(inner := body(model), LlavaModel):
